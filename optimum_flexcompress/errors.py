@@ -1,0 +1,43 @@
+"""The errors that are meant for the user."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FlexCompressError(ValueError):
+    """Something the user can mend.
+
+    The message is one clear sentence that says what is wrong and what to do instead. The command line prints it
+    without a traceback and exits with a non-zero code.
+    """
+
+
+class UnsupportedArchitectureError(FlexCompressError):
+    """The model family has no table under `optimum_flexcompress/architectures/`."""
+
+
+class MissingExtraError(FlexCompressError, ImportError):
+    """An optional dependency is missing; the message names the extra that installs it."""
+
+    def __init__(self, package: str, extra: str):
+        super().__init__(
+            f"`{package}` is not installed: run `pip install optimum-flexcompress[{extra}]` and try again."
+        )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name.
+
+    Args:
+        word: What the user wrote.
+        known: The names that would have been accepted.
+
+    Returns:
+        ` Did you mean "x"? Known: "a", "b".` with a leading space, ready to be appended to a sentence.
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f' Did you mean "{close[0]}"?' if close else ""
+    return f"{hint} Known: {', '.join(known)}."

@@ -1,0 +1,91 @@
+"""Output folders that are either complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import FlexCompressError
+
+
+def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> Path:
+    """Says early, before any long work, whether `path` can become an output folder.
+
+    Args:
+        path: The folder that is going to be written.
+        overwrite: Whether an existing non-empty folder may be replaced.
+
+    Returns:
+        The path, absolute.
+
+    Raises:
+        FlexCompressError: It is a file, a non-empty folder (without `overwrite`), or cannot be written.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise FlexCompressError(f"{path} is a file: give -o/--output the name of a new folder.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise FlexCompressError(f"{path} is not empty: choose another folder, or add --overwrite to replace it.")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise FlexCompressError(f"{path} cannot be created because {parent} is not writable: choose another folder.")
+    return path
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Writes a folder to a temporary sibling and renames it into place when the block ends without an error.
+
+    Args:
+        path: The folder that is going to exist.
+        overwrite: Whether an existing non-empty folder may be replaced; it stays untouched until the new one is
+            complete.
+
+    Yields:
+        The temporary folder to write into.
+
+    Raises:
+        FlexCompressError: See [`check_output_folder`].
+    """
+    path = check_output_folder(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    # mkdtemp makes the folder private; the result should have the permissions of an ordinary new folder.
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o777 & ~umask)
+    try:
+        yield temporary
+        old = None
+        if path.exists():
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old is not None:
+                old.rename(path)
+            raise
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text_atomically(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` to the file `path` by way of a temporary sibling, so that a reader never sees half of it."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
