@@ -1,0 +1,124 @@
+"""What every `optimum-cli flexcompress` command shares: errors in one sentence, exit codes, `--debug`.
+
+Nothing here may import torch or transformers: `optimum-cli --help` loads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from typing import NoReturn
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+
+# What shells and schedulers expect of a process that a signal ended: 128 + the signal's number.
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, turned into an exception so that half-written output is removed on the way out."""
+
+
+class FlexCompressCommand(BaseOptimumCLICommand):
+    """A sub-command of `optimum-cli flexcompress`.
+
+    Sub-classes set `COMMAND`, describe their arguments in the static method `parse_args`, and do their work in
+    `execute`, which is also where their heavy imports belong.
+
+    Attributes:
+        EXAMPLES (`str`): Shown below the options by `--help`.
+        INTERRUPTED (`str`): Said after a Ctrl-C; tells how to go on.
+    """
+
+    EXAMPLES: str = ""
+    INTERRUPTED: str = "nothing was written; run the same command to start again."
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Optimum builds a second instance, around the same parser, to run the command.
+        if not kwargs.get("from_defaults_factory", False):
+            describe_parser(self.parser, self.COMMAND.help, self.EXAMPLES)
+            self.parser.add_argument(
+                "--debug", action="store_true", help="Show the whole traceback when something fails."
+            )
+
+    def execute(self) -> None:
+        """Does what the command is for.
+
+        Raises:
+            FlexCompressError: For everything that the user can mend.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `execute`.")
+
+    def run(self) -> None:
+        """Runs `execute`, and turns its failures into one sentence on stderr and an exit code."""
+        previous = signal.signal(signal.SIGTERM, _raise_terminated)
+        try:
+            from optimum_flexcompress.errors import FlexCompressError
+
+            try:
+                self.execute()
+                # A full disk or a closed pipe must not turn into a silent success at interpreter exit.
+                sys.stdout.flush()
+            except FlexCompressError as error:
+                self._fail(str(error), error)
+            except BrokenPipeError:
+                # The reader of our output went away (`| head`): nothing to report, and nowhere to report it.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(EXIT_ERROR)
+            except OSError as error:
+                self._fail(explain_os_error(error), error)
+        except KeyboardInterrupt as error:
+            if self.args.debug:
+                raise
+            code = EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
+            print(f"\ninterrupted: {self.INTERRUPTED}", file=sys.stderr)
+            sys.exit(code)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _fail(self, message: str, error: Exception) -> NoReturn:
+        if self.args.debug:
+            raise error
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+
+
+def describe_parser(parser: ArgumentParser, help_text: str, examples: str) -> None:
+    """Gives `parser` a description and a block of examples, which Optimum's base class leaves empty."""
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.description = help_text
+    if examples:
+        lines = "\n".join(f"  {line}".rstrip() for line in examples.strip().splitlines())
+        parser.epilog = f"examples:\n{lines}"
+
+
+def explain_os_error(error: OSError) -> str:
+    """One sentence for an error of the operating system, or of a library that reports through `OSError`.
+
+    Args:
+        error: What was raised, by the system (with an `errno`) or by Transformers and the Hub client (without).
+
+    Returns:
+        The sentence, without a line break.
+    """
+    if error.errno == errno.ENOSPC:
+        return "the disk is full: make room, or choose an output folder on another disk, and run the command again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to use {error.filename}: choose a path that you may read and write."
+    if error.errno == errno.ENOENT:
+        return f"{error.filename} does not exist: check the path."
+    if error.errno is not None:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return " ".join(str(error).split())
+
+
+def _raise_terminated(_signal_number, _frame) -> NoReturn:
+    raise Terminated

@@ -1,0 +1,23 @@
+"""`optimum-cli flexcompress`: the group that holds the sub-commands."""
+
+from __future__ import annotations
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.flexcompress.base import describe_parser
+
+
+_COMMANDS = ()
+
+
+class FlexCompressGroupCommand(BaseOptimumCLICommand):
+    """Lists the sub-commands; run on its own it prints its help."""
+
+    COMMAND = CommandInfo(name="flexcompress", help="Make transformers smaller and faster, and measure what it costs.")
+    SUBCOMMANDS = tuple(
+        CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
+        for command in _COMMANDS
+    )
+
+    @staticmethod
+    def parse_args(parser):
+        describe_parser(parser, FlexCompressGroupCommand.COMMAND.help, "")
