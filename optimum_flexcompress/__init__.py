@@ -1,0 +1,48 @@
+"""Training-time compression of transformers for the Hugging Face Optimum ecosystem.
+
+Importing this package teaches `from_pretrained` to load compressed checkpoints. Everything else is imported when it
+is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from . import loader  # noqa: F401  registers the loader
+from .version import __version__
+
+
+_EXPORTS = {
+    "configuration": ["FlexCompressConfig", "DistillationConfig", "MiniLMConfig"],
+    "trainer": ["FlexCompressTrainer", "FlexCompressSeq2SeqTrainer"],
+    "structure": ["ModelStructure"],
+    "surgery": ["Kept", "KeptLayer", "keep_layers", "resize", "select"],
+    "quantization": ["FlexORTQuantizer"],
+    "modeling_ort": ["FlexORTModelForCausalLM", "FlexORTModelForSeq2SeqLM"],
+    "errors": ["FlexCompressError"],
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from .configuration import DistillationConfig, FlexCompressConfig, MiniLMConfig
+    from .errors import FlexCompressError
+    from .modeling_ort import FlexORTModelForCausalLM, FlexORTModelForSeq2SeqLM
+    from .quantization import FlexORTQuantizer
+    from .structure import ModelStructure
+    from .surgery import Kept, KeptLayer, keep_layers, resize, select
+    from .trainer import FlexCompressSeq2SeqTrainer, FlexCompressTrainer
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

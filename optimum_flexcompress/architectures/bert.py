@@ -1,0 +1,39 @@
+"""BERT."""
+
+from __future__ import annotations
+
+from .base import Architecture, AttentionTable, ConfigKeys, FeedForwardTable, StackTable
+
+
+ENCODER = StackTable(
+    layers="encoder.layer",
+    attention=AttentionTable(
+        module="attention.self",
+        query="attention.self.query",
+        key="attention.self.key",
+        value="attention.self.value",
+        output="attention.output.dense",
+        norm="attention.output.LayerNorm",
+        head_size="attention_head_size",
+        head_counts=("num_attention_heads",),
+        widths=("all_head_size",),
+    ),
+    ffn=FeedForwardTable(up=(("intermediate.dense",),), down="output.dense", norm="output.LayerNorm"),
+    config=ConfigKeys(layers=("num_hidden_layers",), heads=("num_attention_heads",), ffn=("intermediate_size",)),
+    norm_first=False,
+)
+
+EMBEDDINGS = ("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings")
+
+BERT = Architecture(
+    family="bert",
+    model_types=("bert",),
+    stacks={"encoder": ENCODER},
+    hidden_size=("hidden_size",),
+    embeddings=EMBEDDINGS,
+    embedding_outputs=("embeddings",),
+    reads=("classifier", "qa_outputs", "cls.predictions.decoder", "cls.seq_relationship"),
+    writes=("embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"),
+    both=("pooler.dense", "cls.predictions.transform.dense"),
+    fixed=("cls.predictions.bias", "encoder.layer.*.attention.self.distance_embedding"),
+)

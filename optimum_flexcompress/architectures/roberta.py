@@ -1,0 +1,20 @@
+"""RoBERTa: BERT's encoder under other heads."""
+
+from __future__ import annotations
+
+from .base import Architecture
+from .bert import EMBEDDINGS, ENCODER
+
+
+ROBERTA = Architecture(
+    family="roberta",
+    model_types=("roberta", "xlm-roberta", "camembert"),
+    stacks={"encoder": ENCODER},
+    hidden_size=("hidden_size",),
+    embeddings=EMBEDDINGS,
+    embedding_outputs=("embeddings",),
+    reads=("classifier", "classifier.out_proj", "qa_outputs", "lm_head.decoder"),
+    writes=("embeddings.LayerNorm", "lm_head.layer_norm"),
+    both=("pooler.dense", "classifier.dense", "lm_head.dense"),
+    fixed=("lm_head.bias", "encoder.layer.*.attention.self.distance_embedding"),
+)

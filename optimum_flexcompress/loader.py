@@ -1,0 +1,77 @@
+"""Makes `from_pretrained` load compressed checkpoints.
+
+`config.json` of a compressed checkpoint names the method `flexcompress` under `quantization_config`. Transformers
+then asks the quantizer that is registered under that name to prepare the model, on the meta device, before weights
+are loaded; ours gives it the sizes that the checkpoint's structure says.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .config_sizes import QUANT_METHOD
+from .errors import FlexCompressError
+from .structure import ModelStructure
+from .surgery import resize
+
+
+@register_quantization_config(QUANT_METHOD)
+class FlexCompressStructureConfig(QuantizationConfigMixin):
+    """The `quantization_config` entry of a compressed checkpoint.
+
+    Args:
+        structure: What [`ModelStructure.to_dict`] returns.
+    """
+
+    def __init__(self, structure: dict[str, Any] | None = None, **kwargs):
+        if structure is None:
+            raise FlexCompressError(
+                "config.json names the method flexcompress but holds no structure: save the model again with "
+                "save_pretrained()."
+            )
+        if kwargs.keys() - {"quant_method"}:
+            raise FlexCompressError(
+                f"config.json has unknown entries beside the structure ({', '.join(sorted(kwargs))}): upgrade "
+                "optimum-flexcompress."
+            )
+        self.quant_method = QUANT_METHOD
+        self.structure = ModelStructure.from_dict(structure).to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class FlexCompressQuantizer(HfQuantizer):
+    """Shrinks the empty model before its weights are loaded, and leaves no trace of a quantizer behind.
+
+    The marks that Transformers puts on quantized models would make `.half()` raise, `save_pretrained(state_dict=...)`
+    ignore its argument and the Trainer refuse to train. Weights here are ordinary ones, so the marks come off.
+    """
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+        structure = ModelStructure.from_dict(self.quantization_config.structure)
+        resize(model, structure)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            if hasattr(model, name):
+                delattr(model, name)
+        if hasattr(model.config, "_pre_quantization_dtype"):
+            del model.config._pre_quantization_dtype
+        # A dictionary, as surgery leaves it: both ways to a compressed model end in the same configuration.
+        config = model.config.quantization_config
+        if not isinstance(config, dict):
+            model.config.quantization_config = {"quant_method": QUANT_METHOD, "structure": config.structure}
+        return model
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
