@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,8 @@ class Task:
 
     name: ClassVar[str]
     auto_class_name: ClassVar[str]
-    ort_class_name: ClassVar[str]
+    # "module:class" of the ONNX Runtime model.
+    ort_class_path: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
     main_metric: ClassVar[str]
     greater_is_better: ClassVar[bool] = True
@@ -77,6 +79,12 @@ class Task:
     def auto_class(self) -> type:
         """The Auto class of Transformers that loads such a model."""
         return getattr(transformers, self.auto_class_name)
+
+    @property
+    def ort_class(self) -> type:
+        """The ONNX Runtime class that runs an exported model."""
+        module, name = self.ort_class_path.split(":")
+        return getattr(importlib.import_module(module), name)
 
     def load_model(self, path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         """Loads a model, compressed or not.
@@ -96,7 +104,7 @@ class Task:
         if model.config.pad_token_id is None and model.config.eos_token_id is not None:
             # The same stand-in that `load_processor` takes, so that model and tokenizer agree about padding.
             eos = model.config.eos_token_id
-            model.config.pad_token_id = eos[0] if isinstance(eos, (list, tuple)) else eos
+            model.config.pad_token_id = eos[0] if isinstance(eos, list | tuple) else eos
         return model
 
     def load_processor(self, path: str | os.PathLike) -> Any:
@@ -148,6 +156,18 @@ class Task:
             FlexCompressError: A column is missing, or a label is not one of the model's.
         """
         raise NotImplementedError
+
+    def read_output(self, output: Any, batch: Mapping[str, Any]) -> Any:
+        """What `compute_metrics` reads, out of a model's output.
+
+        Args:
+            output: What the model returned.
+            batch: What it was called with.
+
+        Returns:
+            A tensor or a tuple of tensors.
+        """
+        return output["logits"]
 
     def find_columns(self, data: DatasetDict, columns: Mapping[str, str] | None = None) -> dict[str, str]:
         """Which column plays which role.

@@ -41,7 +41,7 @@ def names_of_feature(feature: Any) -> list[str] | None:
 
 def flatten(values: Any) -> list[Any]:
     """All scalars of a column, whose rows may be lists."""
-    return [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
+    return [item for value in values for item in (value if isinstance(value, list | tuple) else (value,))]
 
 
 class LabelMap:
@@ -125,7 +125,7 @@ class LabelMap:
 
 def _sorted_names(present: set[Any]) -> list[str]:
     """The distinct labels as names, in numeric order where they are numbers."""
-    if all(isinstance(item, (int, float)) for item in present):
+    if all(isinstance(item, int | float) for item in present):
         return [str(item) for item in sorted(present)]
     return sorted(str(item) for item in present)
 

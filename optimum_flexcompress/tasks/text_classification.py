@@ -24,7 +24,7 @@ class TextClassification(Task):
 
     name = "text-classification"
     auto_class_name = "AutoModelForSequenceClassification"
-    ort_class_name = "ORTModelForSequenceClassification"
+    ort_class_path = "optimum.onnxruntime:ORTModelForSequenceClassification"
     main_metric = "accuracy"
     columns = (
         Column("text", ("text", "sentence", "sentence1", "premise", "question1", "review", "content", "query")),
@@ -88,7 +88,7 @@ def _problem_type(data: DatasetDict, column: str, model: PreTrainedModel | Pretr
     if config is not None and config.num_labels == 1:
         return "regression"
     first = data["train"] if "train" in data else next(iter(data.values()))
-    if any(isinstance(value, (list, tuple)) for value in first[column]):
+    if any(isinstance(value, list | tuple) for value in first[column]):
         return "multi_label_classification"
     if any(isinstance(value, float) and not value.is_integer() for value in flatten(first[column])):
         return "regression"
@@ -97,7 +97,7 @@ def _problem_type(data: DatasetDict, column: str, model: PreTrainedModel | Pretr
 
 def _number(column: str):
     def encode(value: Any) -> float:
-        if not isinstance(value, (int, float)):
+        if not isinstance(value, int | float):
             raise FlexCompressError(f"Column {column!r} has the value {value!r} where regression needs a number.")
         return float(value)
 
@@ -106,7 +106,7 @@ def _number(column: str):
 
 def _one_hot(labels: LabelMap):
     def encode(values: Any) -> list[float]:
-        if not isinstance(values, (list, tuple)):
+        if not isinstance(values, list | tuple):
             values = [values]
         vector = [0.0] * len(labels.names)
         for value in values:
