@@ -59,7 +59,9 @@ def _size_keys(architecture: Architecture) -> set[str]:
     return keys
 
 
-def _set_stack_layers(architecture: Architecture, model: PreTrainedModel, structure: ModelStructure, name: str) -> None:
+def _set_stack_layers(
+    architecture: Architecture, model: PreTrainedModel, structure: ModelStructure, name: str
+) -> None:
     """Some stacks (T5) keep a copy of the configuration whose first layer key counts their own layers."""
     if name not in structure.stacks:
         return

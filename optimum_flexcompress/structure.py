@@ -124,7 +124,9 @@ class ModelStructure:
             FlexCompressError: It is no structure, or holds sizes that cannot be.
         """
         if not isinstance(data, Mapping):
-            raise FlexCompressError(f"A structure is a mapping, not {type(data).__name__}: see docs of ModelStructure.")
+            raise FlexCompressError(
+                f"A structure is a mapping, not {type(data).__name__}: see docs of ModelStructure."
+            )
         version = data.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise FlexCompressError(
@@ -316,7 +318,9 @@ def _check_attention_fits(here: AttentionSize | None, there: AttentionSize | Non
             "whole groups of heads that share a key, can go."
         )
     if here.head_ids is not None and there.head_ids is not None and here.head_ids[-1] >= there.heads:
-        raise FlexCompressError(f"head_ids in {where} go up to {here.head_ids[-1]}: the model has {there.heads} heads.")
+        raise FlexCompressError(
+            f"head_ids in {where} go up to {here.head_ids[-1]}: the model has {there.heads} heads."
+        )
 
 
 def _attention_size(attention: AttentionView | None, position_heads: int | None) -> AttentionSize | None:

@@ -199,7 +199,7 @@ def _check(view: ModelView, kept: Kept) -> Kept:
     if plan.hidden is not None:
         if plan.hidden.numel() == 0:
             raise FlexCompressError("No dim of the residual stream is left: keep at least one.")
-        _hidden_sides(view)
+        hidden_sides(view)
     for name, layers in kept.stacks.items():
         if name not in view.stacks:
             raise FlexCompressError(f'The model has no stack "{name}": it has {" and ".join(view.stacks)}.')
@@ -414,7 +414,7 @@ def _compute_own_position_bias(module: nn.Module) -> None:
 # -- The residual stream ------------------------------------------------------------------------------------------
 
 
-def _hidden_sides(view: ModelView) -> dict[str, tuple[nn.Module | nn.Parameter, tuple[str, ...]]]:
+def hidden_sides(view: ModelView) -> dict[str, tuple[nn.Module | nn.Parameter, tuple[str, ...]]]:
     """For every module with parameters, by name, on which sides it touches the residual stream.
 
     Raises:
@@ -467,7 +467,7 @@ def _layer_sides(layer: LayerView):
 def _shrink_hidden(view: ModelView, index: torch.Tensor) -> None:
     taken: dict[int, nn.Parameter] = {}
     keep_alive = []  # ids are only unique among living objects
-    for name, (item, sides) in _hidden_sides(view).items():
+    for name, (item, sides) in hidden_sides(view).items():
         if isinstance(item, nn.Parameter):
             owner, _, attribute = name.rpartition(".")
             if sides:
