@@ -17,22 +17,41 @@ _EXPORTS = {
     "configuration": ["FlexCompressConfig", "DistillationConfig", "MiniLMConfig"],
     "trainer": ["FlexCompressTrainer", "FlexCompressSeq2SeqTrainer"],
     "structure": ["ModelStructure"],
-    "surgery": ["Kept", "KeptLayer", "keep_layers", "resize", "select"],
+    "kept": ["Kept", "KeptLayer"],
+    "surgery": ["keep_layers", "resize", "select"],
     "quantization": ["FlexORTQuantizer"],
     "modeling_ort": ["FlexORTModelForCausalLM", "FlexORTModelForSeq2SeqLM"],
     "errors": ["FlexCompressError"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "DistillationConfig",
+    "FlexCompressConfig",
+    "FlexCompressError",
+    "FlexCompressSeq2SeqTrainer",
+    "FlexCompressTrainer",
+    "FlexORTModelForCausalLM",
+    "FlexORTModelForSeq2SeqLM",
+    "FlexORTQuantizer",
+    "Kept",
+    "KeptLayer",
+    "MiniLMConfig",
+    "ModelStructure",
+    "__version__",
+    "keep_layers",
+    "resize",
+    "select",
+]
 
 if TYPE_CHECKING:
     from .configuration import DistillationConfig, FlexCompressConfig, MiniLMConfig
     from .errors import FlexCompressError
+    from .kept import Kept, KeptLayer
     from .modeling_ort import FlexORTModelForCausalLM, FlexORTModelForSeq2SeqLM
     from .quantization import FlexORTQuantizer
     from .structure import ModelStructure
-    from .surgery import Kept, KeptLayer, keep_layers, resize, select
+    from .surgery import keep_layers, resize, select
     from .trainer import FlexCompressSeq2SeqTrainer, FlexCompressTrainer
 
 

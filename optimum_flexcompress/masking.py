@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from .architectures import AttentionView, ModelView, describe
 from .architectures.removed import RemovedModule
 from .errors import FlexCompressError
-from .surgery import Kept, hidden_sides
+from .kept import Kept
+from .surgery import hidden_sides
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ class ModelStructure:
             raise FlexCompressError(f"The structure has no {error}: write it with ModelStructure.to_dict().") from None
         except (AttributeError, TypeError) as error:
             raise FlexCompressError(f"The structure is malformed ({error}): write it with to_dict().") from None
-        structure._check()
+        structure.check()
         return structure
 
     @classmethod
@@ -167,7 +167,12 @@ class ModelStructure:
         except json.JSONDecodeError as error:
             raise FlexCompressError(f"{path} is not JSON ({error}): write it with ModelStructure.to_dict().") from None
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Checks that a model with these sizes can exist.
+
+        Raises:
+            FlexCompressError: It cannot; the message says which size is wrong.
+        """
         architecture = find_architecture(self.family)
         for name, stack in self.stacks.items():
             if name not in architecture.stacks:

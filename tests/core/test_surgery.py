@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 import transformers
-from tests.tiny import ALL, GENERATIVE, build, inputs_for, outputs_of
 
 from optimum_flexcompress import FlexCompressError, Kept, KeptLayer, ModelStructure, keep_layers, resize, select
 from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.masking import masked
 from optimum_flexcompress.structure import count_parameters
+from tests.tiny import ALL, GENERATIVE, build, inputs_for, outputs_of
 
 
 def ragged(model, seed: int = 0, hidden: bool = True) -> Kept:
