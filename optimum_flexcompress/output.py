@@ -33,8 +33,13 @@ def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> Pat
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise FlexCompressError(f"{path} cannot be created because {parent} is not writable: choose another folder.")
+    try:
+        # Trying says more than permission bits do: file systems can be read-only, or full.
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=parent))
+    except OSError as error:
+        raise FlexCompressError(
+            f"{path} cannot be created ({parent}: {error.strerror}): choose another folder."
+        ) from None
     return path
 
 
