@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.flexcompress.base import describe_parser
+from optimum.commands.flexcompress.compress import CompressCommand
 
 
-_COMMANDS = ()
+_COMMANDS = (CompressCommand,)
 
 
 class FlexCompressGroupCommand(BaseOptimumCLICommand):

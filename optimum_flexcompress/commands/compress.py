@@ -1,0 +1,108 @@
+"""`optimum-cli flexcompress compress`: runs a recipe."""
+
+from __future__ import annotations
+
+import os
+
+from optimum.commands.base import CommandInfo
+from optimum.commands.flexcompress.base import FlexCompressCommand
+
+
+class CompressCommand(FlexCompressCommand):
+    """Compresses a model by a recipe, stage by stage; an interrupted run goes on where it stopped."""
+
+    COMMAND = CommandInfo(name="compress", help="Run a whole recipe: train, distil, export, quantize, measure.")
+    EXAMPLES = """\
+optimum-cli flexcompress compress --list-recipes
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --recipe distil-int8 -o OUT
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --recipe distil-int8 -o OUT \\
+    --set stages.distill.epochs=2 --set data.max_length=64
+"""
+    INTERRUPTED = "stages that finished are kept; run the same command again to go on from there."
+
+    @staticmethod
+    def parse_args(parser):
+        """See the base class."""
+        required = parser.add_argument_group("what to compress")
+        required.add_argument("-m", "--model", help="Model folder, or id on the Hugging Face Hub.")
+        required.add_argument(
+            "--dataset",
+            help="Id on the Hub, a folder written by `save_to_disk`, a CSV, TSV or JSONL file, or a folder of such files "
+            "named by split (train.csv, test.csv).",
+        )
+        required.add_argument("--task", help="What the model is for, such as text-classification.")
+        required.add_argument(
+            "--recipe", default="distil-int8", help="Name of a recipe, or a .yaml file (default: %(default)s)."
+        )
+        required.add_argument(
+            "-o", "--output", help="Folder for the results; the folder of an interrupted run to go on with it."
+        )
+        more = parser.add_argument_group("settings")
+        more.add_argument(
+            "--set",
+            dest="overrides",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="Change a setting of the recipe, such as stages.distill.epochs=2 or data.max_train_samples=1000; may be "
+            "given more than once.",
+        )
+        more.add_argument(
+            "--columns",
+            metavar="ROLE=NAME",
+            nargs="+",
+            default=[],
+            help="Names of the data set's columns where they are not the usual ones, such as text=question.",
+        )
+        more.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="Run every stage again, also those that an earlier run in OUTPUT finished.",
+        )
+        more.add_argument("--list-recipes", action="store_true", help="List the recipes and stop.")
+
+    def execute(self) -> None:
+        """See the base class."""
+        from optimum_flexcompress.errors import FlexCompressError
+
+        args = self.args
+        if args.list_recipes:
+            self._list_recipes()
+            return
+        for option in ("model", "dataset", "task", "output"):
+            if getattr(args, option) is None:
+                self.parser.error(f"--{option} is needed (see --help)")
+
+        from optimum_flexcompress.recipes import load_recipe, run_recipe
+
+        overrides = list(args.overrides)
+        for column in args.columns:
+            role, equals, name = column.partition("=")
+            if not equals or not role or not name:
+                raise FlexCompressError(f"--columns {column}: write it as role=name, such as text=question.")
+            # JSON strings are YAML strings: a column called `1` or `null` stays text.
+            overrides.append(f"data.columns.{role}={_quoted(name)}")
+        recipe = load_recipe(args.recipe, overrides)
+        self._quieten()
+        run_recipe(recipe, args.model, args.dataset, args.task, args.output, overwrite=args.overwrite)
+
+    def _list_recipes(self) -> None:
+        from optimum_flexcompress.recipes import list_recipes
+
+        for name, description in list_recipes().items():
+            print(f"{name:<16} {description}")
+
+    def _quieten(self) -> None:
+        # A recipe replaces heads and drops layers on purpose; the warnings about it would only frighten. Whoever sets
+        # the variable, or asks for --debug, gets them.
+        if self.args.debug or "TRANSFORMERS_VERBOSITY" in os.environ:
+            return
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+
+
+def _quoted(text: str) -> str:
+    import json
+
+    return json.dumps(text)

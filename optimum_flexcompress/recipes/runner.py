@@ -1,0 +1,207 @@
+"""Runs a recipe stage by stage, and skips what an earlier run has finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import FlexCompressError
+from .fingerprint import digest, fingerprint
+from .inputs import check_model_and_data, open_data
+from .schema import Recipe
+from .stages import INPUT, StageContext, StageSpec
+from .workspace import Manifest, Workspace
+
+
+@dataclass
+class RecipeResult:
+    """What a run left behind.
+
+    Attributes:
+        output: The output folder.
+        folders: Stage name to its folder, in order.
+        metrics: Stage name to the figures it reported.
+        skipped: Stages that an earlier run had finished.
+        seconds: How long this run took.
+    """
+
+    output: Path
+    folders: dict[str, Path] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_recipe(
+    recipe: Recipe,
+    model: str,
+    dataset: str,
+    task: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> RecipeResult:
+    """Compresses `model` by `recipe`.
+
+    A stage is skipped when an earlier run in `output` finished it with the same settings and the same inputs. A
+    training stage that was interrupted goes on from its last checkpoint. Nothing is written before the model, the
+    data set and every stage have been checked.
+
+    Args:
+        recipe: From [`load_recipe`].
+        model: Folder or Hub id.
+        dataset: Anything that [`load_data`] takes.
+        task: Name of a task, such as "text-classification".
+        output: New folder, or the folder of an earlier run.
+        overwrite: Run every stage again; each result is replaced when its successor is complete.
+        say: Receives the lines meant for the user.
+
+    Raises:
+        FlexCompressError: See above; also from any stage.
+    """
+    from ..tasks import get_task
+
+    workspace = Workspace(output)
+    previous = workspace.read_run()
+    if previous and previous["recipe"]["name"] != recipe.name and not overwrite:
+        raise FlexCompressError(
+            f"{workspace.path} holds a run of the recipe {previous['recipe']['name']}: choose another output folder, "
+            f"or add --overwrite to replace it."
+        )
+    the_task = get_task(task)
+    for spec in recipe.stages:
+        try:
+            spec.stage.check()
+        except FlexCompressError as error:
+            raise FlexCompressError(f"stages.{spec.name}: {error}") from error
+    data = open_data(dataset, recipe.data, recipe.seed, say)
+    check_model_and_data(the_task, model, data, recipe.data)
+    run = _Run(
+        recipe=recipe,
+        workspace=workspace,
+        context=StageContext(
+            name="",
+            task=the_task,
+            data=data,
+            data_settings=recipe.data,
+            dataset=str(dataset),
+            seed=recipe.seed,
+            artifacts={INPUT: model},
+            output=Path(),
+            scratch=Path(),
+            say=say,
+        ),
+        dataset_digest=fingerprint(dataset),
+        ids={INPUT: fingerprint(model)},
+        overwrite=overwrite,
+    )
+    stages = [spec.name for spec in recipe.stages]
+    # The folders of stages that the recipe no longer has stay until the new results are complete.
+    obsolete = [name for name in previous.get("stages", []) if name not in stages]
+    with workspace.lock():
+        workspace.write_run(
+            {
+                "recipe": {"name": recipe.name, **recipe.to_dict()},
+                "model": str(model),
+                "dataset": str(dataset),
+                "task": the_task.name,
+                "stages": stages + obsolete,
+            }
+        )
+        for position, spec in enumerate(recipe.stages, start=1):
+            run.stage(spec, f"[{position}/{len(stages)}] {spec.name}")
+        workspace.remove_stages(obsolete)
+        workspace.clear_scratch()
+    run.result.seconds = time.monotonic() - run.started
+    say(f"\nfinished in {clock(run.result.seconds)}; everything is in {workspace.path}")
+    for spec in recipe.stages:
+        say(f"  {spec.name:<12} {spec.stage.produces:<14} {run.result.folders[spec.name] / spec.stage.entry_point}")
+    return run.result
+
+
+@dataclass
+class _Run:
+    """One run under way.
+
+    Attributes:
+        context: Made ready for the stages but for what differs between them.
+        dataset_digest: Identifies the data set's content.
+        ids: Identifies what each stage has written; a stage that reads it runs again when it changes.
+    """
+
+    recipe: Recipe
+    workspace: Workspace
+    context: StageContext
+    dataset_digest: str
+    ids: dict[str, str]
+    overwrite: bool
+    started: float = field(default_factory=time.monotonic)
+    result: RecipeResult = field(init=False)
+
+    def __post_init__(self):
+        self.result = RecipeResult(output=self.workspace.path)
+
+    def stage(self, spec: StageSpec, title: str) -> None:
+        """Runs one stage, or takes over what it has left."""
+        say = self.context.say
+        manifest = Manifest(digest=self._digest(spec))
+        finished = None if self.overwrite else self.workspace.finished(spec.name)
+        if finished is not None and finished.digest == manifest.digest:
+            say(f"{title}: finished in an earlier run, skipped")
+            self.result.skipped.append(spec.name)
+            manifest = finished
+        else:
+            why = "" if finished is None else "; its settings or inputs have changed"
+            say(f"{title}: {spec.stage.describe()} (at {clock(time.monotonic() - self.started)}{why})")
+            self._execute(spec, manifest)
+            say(f"{title}: done in {clock(manifest.seconds)}{_figures(manifest.metrics)}")
+        folder = self.workspace.stage_folder(spec.name)
+        self.ids[spec.name] = manifest.id
+        self.context.artifacts[spec.name] = folder
+        self.result.folders[spec.name] = folder
+        self.result.metrics[spec.name] = manifest.metrics
+
+    def _execute(self, spec: StageSpec, manifest: Manifest) -> None:
+        from transformers import set_seed
+
+        if self.overwrite:
+            self.workspace.clear_scratch(spec.name)
+        # Every stage starts from the same random state, whether or not the ones before it were skipped.
+        set_seed(self.recipe.seed)
+        started = time.monotonic()
+        with self.workspace.write_stage(spec.name, manifest) as folder:
+            self.context.name = spec.name
+            self.context.output = folder
+            self.context.scratch = self.workspace.scratch(spec.name, manifest.digest)
+            manifest.metrics = spec.stage.run(self.context)
+            manifest.seconds = round(time.monotonic() - started, 1)
+        self.workspace.clear_scratch(spec.name)
+
+    def _digest(self, spec: StageSpec) -> str:
+        return digest(
+            {
+                "type": spec.type,
+                "settings": spec.resolved,
+                "seed": self.recipe.seed,
+                "data": self.recipe.to_dict()["data"],
+                "task": self.context.task.name,
+                "dataset": self.dataset_digest,
+                "inputs": {name: self.ids[name] for name in spec.stage.inputs()},
+            }
+        )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _figures(metrics: dict[str, Any]) -> str:
+    shown = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
+    return f": {', '.join(shown)}" if shown else ""

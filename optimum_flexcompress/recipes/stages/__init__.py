@@ -1,0 +1,24 @@
+"""The stages that a recipe can be made of. A new one is a file here with a class under `@register_stage`."""
+
+from __future__ import annotations
+
+from .base import INPUT, DataSettings, Stage, StageContext, StageSpec, register_stage, stage_class
+from .deployment import Benchmark, Export, Quantize
+from .distillation import Distill
+from .training import FineTune
+
+
+__all__ = [
+    "INPUT",
+    "Benchmark",
+    "DataSettings",
+    "Distill",
+    "Export",
+    "FineTune",
+    "Quantize",
+    "Stage",
+    "StageContext",
+    "StageSpec",
+    "register_stage",
+    "stage_class",
+]

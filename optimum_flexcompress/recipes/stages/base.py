@@ -1,0 +1,151 @@
+"""What a stage of a recipe is, and the registry that later methods add theirs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...errors import FlexCompressError, nearest
+
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from ...tasks import Task
+
+# The name under which a stage refers to the model that the user gave.
+INPUT = "input"
+
+
+@dataclass
+class DataSettings:
+    """How much of the data is used, and how.
+
+    Attributes:
+        max_length: Longest input, in tokens; longer ones are cut.
+        max_train_samples: Train on this many examples only, chosen at random with the recipe's seed.
+        max_eval_samples: Evaluate on this many examples only, likewise.
+        columns: Column names, where they are not the usual ones: role to name.
+        test_fraction: Share of the training examples that is held out for evaluation when the data set has no split
+            for it.
+    """
+
+    max_length: int = 128
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    columns: dict[str, Any] | None = None
+    test_fraction: float = 0.1
+
+    def __post_init__(self):
+        for name in ("max_length", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FlexCompressError(f"{name} must be at least 1, not {value}.")
+        if not 0 < self.test_fraction < 1:
+            raise FlexCompressError(f"test_fraction must be between 0 and 1, not {self.test_fraction}.")
+
+
+@dataclass
+class StageContext:
+    """What the runner hands to a stage.
+
+    Attributes:
+        name: The stage's name in the recipe.
+        task: The task.
+        data: The data set, sliced as the recipe asks.
+        data_settings: The recipe's `data` group.
+        dataset: What the user gave as `--dataset`.
+        seed: The recipe's seed.
+        artifacts: Folder of every finished stage, and of the user's model under `input`.
+        output: Folder to write the result into; becomes visible only when the stage has ended.
+        scratch: Folder that outlives an interruption, for checkpoints; removed when the stage has ended.
+        say: Prints a line for the user.
+    """
+
+    name: str
+    task: Task
+    data: DatasetDict
+    data_settings: DataSettings
+    dataset: str
+    seed: int
+    artifacts: dict[str, str | Path]
+    output: Path
+    scratch: Path
+    say: Callable[[str], None] = print
+
+    def artifact(self, name: str) -> str | Path:
+        """The folder that stage `name` wrote (or the user's model)."""
+        return self.artifacts[name]
+
+
+class Stage:
+    """One step of a recipe. Sub-classes are registered with [`register_stage`].
+
+    Attributes:
+        Settings: Dataclass of the settings that the recipe may give.
+        produces: What the folder holds, in a word or two, for the summary.
+        entry_point: The file in the folder that the user opens; empty for the folder itself.
+    """
+
+    Settings: ClassVar[type]
+    produces: ClassVar[str] = "model"
+    entry_point: ClassVar[str] = ""
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+
+    def inputs(self) -> list[str]:
+        """Names of the stages (or `input`) whose folders this stage reads."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What the stage does, for the line that announces it."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises FlexCompressError for what can be known to fail before any stage has run.
+
+        Unlike the settings' own checks it may import heavy packages.
+        """
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """Does the work and writes `context.output`.
+
+        Returns:
+            Figures worth keeping in the stage's manifest; JSON types only.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class StageSpec:
+    """A stage as the recipe names it."""
+
+    name: str
+    type: str
+    stage: Stage
+    resolved: dict[str, Any] = field(default_factory=dict)
+
+
+_STAGES: dict[str, type[Stage]] = {}
+
+
+def register_stage(name: str) -> Callable[[type[Stage]], type[Stage]]:
+    """Makes a [`Stage`] known to recipes as `type: name`."""
+
+    def register(cls: type[Stage]) -> type[Stage]:
+        if name in _STAGES:
+            raise ValueError(f"There is a stage called {name} already: {_STAGES[name].__qualname__}.")
+        _STAGES[name] = cls
+        return cls
+
+    return register
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The registered stage, or an error with the nearest name."""
+    if name not in _STAGES:
+        raise FlexCompressError(f'there is no stage type "{name}".{nearest(name, _STAGES)}')
+    return _STAGES[name]

@@ -1,0 +1,162 @@
+"""The stage that makes a student and trains it with a teacher."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import FlexCompressError
+from .base import StageContext, register_stage
+from .training import TrainingSettings, TrainingStage, load_config, prepare
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...tasks import Prepared
+
+
+@dataclass
+class DistillSettings(TrainingSettings):
+    """Settings of the stage `distill`.
+
+    Attributes:
+        teacher: The stage (or `input`) whose model teaches.
+        model: The stage (or `input`) whose weights the student starts from; by default the teacher's.
+        layers: Which layers of that model the student keeps: how many of each stack, or what share of them (0.5 is
+            half), spread evenly; their indices from 0; or indices by stack. Leave it out to keep all.
+        structure: A JSON file with the student's sizes, instead of `layers`.
+        head: Whether the models have the task's head. Without one only the bodies are trained, on the text alone;
+            for task-agnostic distillation.
+        methods: What is distilled: method type to its settings, such as `{distillation: {temperature: 2.0}}`.
+    """
+
+    teacher: str = "finetune"
+    model: str | None = None
+    layers: int | float | list[int] | dict[str, Any] | None = None
+    structure: str | None = None
+    head: bool = True
+    methods: dict[str, Any] = field(default_factory=lambda: {"distillation": {}})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.layers is not None and self.structure is not None:
+            raise FlexCompressError("structure and layers exclude each other: leave one of them out.")
+        if isinstance(self.layers, float) and not 0 < self.layers < 1:
+            raise FlexCompressError(f"layers must be a share between 0 and 1 or a whole number, not {self.layers}.")
+        if isinstance(self.layers, int) and self.layers < 1:
+            raise FlexCompressError(f"layers must be at least 1, not {self.layers}.")
+        if not self.methods:
+            raise FlexCompressError("methods is empty: name what is distilled, such as distillation or minilm.")
+        for name, values in self.methods.items():
+            if values is not None and not isinstance(values, dict):
+                raise FlexCompressError(f"methods.{name} must be a group of settings, not {values!r}.")
+
+
+@register_stage("distill")
+class Distill(TrainingStage):
+    """Trains a smaller student to do what the teacher does."""
+
+    Settings = DistillSettings
+    settings: DistillSettings
+
+    def inputs(self) -> list[str]:
+        """See the base class."""
+        start = self.settings.model or self.settings.teacher
+        return list(dict.fromkeys([self.settings.teacher, start]))
+
+    def describe(self) -> str:
+        """See the base class."""
+        return f"distilling {self.settings.teacher} into a smaller model"
+
+    def check(self) -> None:
+        """Looks at the methods' settings and at the structure file too."""
+        super().check()
+        self._compression_config()
+        if self.settings.structure is not None:
+            read_structure(self.settings.structure)
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """See the base class."""
+        settings = self.settings
+        teacher_source = context.artifact(settings.teacher)
+        start_source = context.artifact(settings.model or settings.teacher)
+        processor = context.task.load_processor(teacher_source)
+        if settings.head:
+            # The teacher's label ids are the ones that count.
+            prepared = prepare(context, processor, model=load_config(teacher_source))
+            teacher = context.task.load_model(teacher_source)
+            start = teacher
+            if start_source != teacher_source:
+                start = context.task.load_model(start_source, ignore_mismatched_sizes=True, **prepared.model_kwargs)
+        else:
+            prepared = self._without_labels(context, processor)
+            teacher, start = load_body(teacher_source), load_body(start_source)
+        student = self._student(start, own_copy=start is not teacher)
+        sizes = {"parameters": student.num_parameters(), "teacher_parameters": teacher.num_parameters()}
+        context.say(
+            f"{context.name}: {sizes['parameters']:,} parameters, the teacher has {sizes['teacher_parameters']:,}"
+        )
+        metrics = self.train(
+            context,
+            student,
+            processor,
+            prepared,
+            teacher_model=teacher,
+            compression_config=self._compression_config(),
+        )
+        return {**sizes, **metrics}
+
+    def _compression_config(self) -> Any:
+        from ...configuration import FlexCompressConfig
+
+        return FlexCompressConfig(
+            methods=[{"method_type": name, **(values or {})} for name, values in self.settings.methods.items()]
+        )
+
+    def _student(self, start: PreTrainedModel, own_copy: bool) -> PreTrainedModel:
+        from ...methods.distillation.student import make_student
+
+        if self.settings.structure is not None:
+            return make_student(start, structure=read_structure(self.settings.structure))
+        if self.settings.layers is not None:
+            return make_student(start, layers=self.settings.layers)
+        # Self-distillation at full size still needs a student that is not the teacher itself.
+        return start if own_copy else make_student(start)
+
+    def _without_labels(self, context: StageContext, processor: Any) -> Prepared:
+        from transformers import DataCollatorWithPadding
+
+        prepared = prepare(context, processor)
+        if prepared.generation:
+            raise FlexCompressError(
+                f"{context.name}: head: false is for encoders, and {context.task.name} has a decoder: leave it out."
+            )
+        prepared.dataset = prepared.dataset.remove_columns("labels")
+        prepared.collator = DataCollatorWithPadding(processor)
+        prepared.compute_metrics = None
+        prepared.preprocess_logits = None
+        return prepared
+
+
+def load_body(source: str | Path) -> PreTrainedModel:
+    """The model without a head."""
+    from transformers import AutoModel
+
+    from ...tasks.base import load_pretrained
+
+    return load_pretrained(AutoModel, source)
+
+
+def read_structure(file: str) -> Any:
+    """A `ModelStructure` from a JSON file."""
+    from ...structure import ModelStructure
+
+    path = Path(file).expanduser()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FlexCompressError(f"{path} cannot be read as a structure: give a JSON file of sizes.") from error
+    return ModelStructure.from_dict(values)

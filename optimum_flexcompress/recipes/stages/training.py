@@ -1,0 +1,290 @@
+"""What the stages that train share, and the first of them: fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import FlexCompressError, nearest
+from .base import INPUT, Stage, StageContext, register_stage
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Trainer
+
+    from ...tasks import Prepared
+
+# Kept twice, so that one that was cut off while it was written leaves its predecessor.
+_CHECKPOINTS_KEPT = 2
+# Trainer names that the stage itself decides.
+_RESERVED = ("output_dir", "seed", "data_seed", "resume_from_checkpoint", "overwrite_output_dir")
+# What `Trainer.evaluate` measures beside the task's metrics.
+_TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "loss")
+
+
+@dataclass
+class TrainingSettings:
+    """What every training stage takes.
+
+    Attributes:
+        epochs: Passes over the training data.
+        max_steps: Stop after this many optimiser steps instead.
+        learning_rate: Highest learning rate.
+        batch_size: Examples per step and device.
+        eval_batch_size: Examples per evaluation step and device.
+        gradient_accumulation_steps: Backward passes per optimiser step.
+        warmup_ratio: Share of the steps in which the learning rate rises.
+        weight_decay: Not applied to biases and norms.
+        scheduler: Name of a Transformers learning rate schedule.
+        group_by_length: Batches of similarly long examples, which saves the computation on padding.
+        checkpoints: How many times, evenly spread, the state is saved so that an interrupted run can go on.
+        arguments: Any other field of `TrainingArguments`.
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    learning_rate: float = 5e-5
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.01
+    scheduler: str = "linear"
+    group_by_length: bool = True
+    checkpoints: int = 10
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise FlexCompressError(f"{name} must be greater than 0, not {getattr(self, name)}.")
+        for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "checkpoints"):
+            if getattr(self, name) < 1:
+                raise FlexCompressError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise FlexCompressError(f"max_steps must be at least 1, not {self.max_steps}.")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise FlexCompressError(f"warmup_ratio must be between 0 and 1, not {self.warmup_ratio}.")
+
+
+@dataclass
+class FineTuneSettings(TrainingSettings):
+    """Settings of the stage `finetune`.
+
+    Attributes:
+        model: The stage (or `input`) whose model is trained.
+        skip_if_trained: Take the model as it is when it already has a head for the task and the data's labels.
+    """
+
+    model: str = INPUT
+    skip_if_trained: bool = True
+
+
+class TrainingStage(Stage):
+    """What the training stages share."""
+
+    settings: TrainingSettings
+
+    def check(self) -> None:
+        """Looks at the names in `arguments`, and at the schedule."""
+        from transformers import SchedulerType, TrainingArguments
+
+        known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} - set(_RESERVED)
+        for name in self.settings.arguments:
+            if name in _RESERVED:
+                raise FlexCompressError(f"arguments.{name} cannot be set: the recipe takes care of it.")
+            if name not in known:
+                raise FlexCompressError(f"arguments.{name} is no field of TrainingArguments.{nearest(name, known)}")
+        schedules = [kind.value for kind in SchedulerType]
+        if self.settings.scheduler not in schedules:
+            raise FlexCompressError(
+                f'"{self.settings.scheduler}" is no learning rate schedule.{nearest(self.settings.scheduler, schedules)}'
+            )
+
+    def train(
+        self,
+        context: StageContext,
+        model: PreTrainedModel,
+        processor: Any,
+        prepared: Prepared,
+        **trainer_options: Any,
+    ) -> dict[str, float]:
+        """Trains `model`, from the last checkpoint where there is one, and saves it with its processor.
+
+        Args:
+            context: The stage's context.
+            model: Trained in place.
+            processor: Saved beside the model.
+            prepared: The data.
+            **trainer_options: For the Trainer: `teacher_model`, `compression_config`.
+
+        Returns:
+            The task's metrics on the evaluation split.
+        """
+        from transformers import set_seed
+
+        from ...data import select_split
+        from ...trainer import FlexCompressSeq2SeqTrainer, FlexCompressTrainer
+
+        if "train" not in prepared.dataset:
+            raise FlexCompressError(
+                f"{context.name} needs a training split, and {context.dataset} has only "
+                f"{', '.join(prepared.dataset)}: give a data set with one."
+            )
+        # The steps before this point may or may not have drawn random numbers (a new head, say).
+        set_seed(context.seed)
+        trainer_class = FlexCompressSeq2SeqTrainer if prepared.generation else FlexCompressTrainer
+        trainer = trainer_class(
+            model=model,
+            args=self.training_arguments(context, prepared),
+            train_dataset=prepared.dataset["train"],
+            data_collator=prepared.collator,
+            processing_class=processor,
+            compute_metrics=prepared.compute_metrics,
+            preprocess_logits_for_metrics=prepared.preprocess_logits,
+            **trainer_options,
+        )
+        checkpoint = last_checkpoint(context.scratch)
+        if checkpoint is not None:
+            context.say(f"{context.name}: going on from {checkpoint.name}")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        split = select_split(prepared.dataset)
+        metrics = evaluate(trainer, prepared.dataset[split])
+        trainer.save_model(str(context.output))
+        # A pickle of the arguments, which nobody needs to load the model.
+        (context.output / "training_args.bin").unlink(missing_ok=True)
+        processor.save_pretrained(context.output)
+        return metrics
+
+    def training_arguments(self, context: StageContext, prepared: Prepared) -> Any:
+        """The settings as `TrainingArguments`."""
+        from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+        settings = self.settings
+        chosen = {
+            "num_train_epochs": settings.epochs,
+            "max_steps": settings.max_steps or -1,
+            "learning_rate": settings.learning_rate,
+            "per_device_train_batch_size": settings.batch_size,
+            "per_device_eval_batch_size": settings.eval_batch_size,
+            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+            "warmup_ratio": settings.warmup_ratio,
+            "weight_decay": settings.weight_decay,
+            "lr_scheduler_type": settings.scheduler,
+            "group_by_length": settings.group_by_length,
+            "save_strategy": "steps",
+            # Below 1 the Trainer takes it as a share of all steps.
+            "save_steps": 1 / settings.checkpoints if settings.checkpoints > 1 else 1.0 - 1e-9,
+            "save_total_limit": _CHECKPOINTS_KEPT,
+            "eval_strategy": "no",
+            "logging_strategy": "steps",
+            "logging_steps": 0.1,
+            "report_to": "none",
+            **settings.arguments,
+        }
+        if prepared.generation:
+            chosen.setdefault("predict_with_generate", True)
+        cls = Seq2SeqTrainingArguments if prepared.generation else TrainingArguments
+        try:
+            return cls(output_dir=str(context.scratch), seed=context.seed, data_seed=context.seed, **chosen)
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise FlexCompressError(f"the training settings of {context.name} do not work: {reason}") from error
+
+
+@register_stage("finetune")
+class FineTune(TrainingStage):
+    """Trains the model on the task, unless it is trained already."""
+
+    Settings = FineTuneSettings
+    settings: FineTuneSettings
+
+    def inputs(self) -> list[str]:
+        """See the base class."""
+        return [self.settings.model]
+
+    def describe(self) -> str:
+        """See the base class."""
+        return "fine-tuning the model on the task"
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """See the base class."""
+        source = context.artifact(self.settings.model)
+        processor = context.task.load_processor(source)
+        prepared = (
+            self._prepared_for_trained_head(context, source, processor) if self.settings.skip_if_trained else None
+        )
+        if prepared is not None:
+            context.say(f"{context.name}: {source} is trained for the task already, taken as it is")
+            model = context.task.load_model(source)
+            model.save_pretrained(context.output)
+            processor.save_pretrained(context.output)
+            return {"skipped": True}
+        prepared = prepare(context, processor)
+        # The head that came with the model may be for other labels; it is replaced then.
+        model = context.task.load_model(source, ignore_mismatched_sizes=True, **prepared.model_kwargs)
+        return self.train(context, model, processor, prepared)
+
+    def _prepared_for_trained_head(self, context: StageContext, source: Any, processor: Any) -> Prepared | None:
+        config = load_config(source)
+        if not has_head(context.task.auto_class, config):
+            return None
+        try:
+            return prepare(context, processor, model=config)
+        except FlexCompressError:
+            # The model's labels are not the data's; anything else that is wrong with the data comes up again.
+            context.say(f"{context.name}: the labels of {source} are not those of the data, so it gets a new head")
+            return None
+
+
+def prepare(context: StageContext, processor: Any, model: Any = None) -> Prepared:
+    """The data made ready for `model`, as the recipe's `data` group says."""
+    return context.task.prepare(
+        context.data,
+        processor,
+        max_length=context.data_settings.max_length,
+        columns=context.data_settings.columns,
+        model=model,
+    )
+
+
+def load_config(source: str | Path) -> Any:
+    """The `config.json` of a folder or a Hub id, as a Transformers configuration."""
+    from transformers import AutoConfig
+
+    from ...tasks.base import load_pretrained
+
+    return load_pretrained(AutoConfig, source)
+
+
+def has_head(auto_class: Any, config: Any) -> bool:
+    """Whether a model with this configuration was saved by the class that `auto_class` would load it with."""
+    classes = auto_class._model_mapping.get(type(config), ())
+    classes = classes if isinstance(classes, (tuple, list)) else (classes,)
+    return any(cls.__name__ in (config.architectures or ()) for cls in classes)
+
+
+def evaluate(trainer: Trainer, dataset: Any) -> dict[str, float]:
+    """The task's metrics, without the Trainer's timings and prefixes."""
+    measured = trainer.evaluate(dataset, metric_key_prefix="eval")
+    plain = {key.removeprefix("eval_"): value for key, value in measured.items()}
+    return {key: float(value) for key, value in plain.items() if key not in _TIMINGS}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is complete; newer ones that were cut off are removed.
+
+    The Trainer writes `trainer_state.json` after the weights and the optimiser, so its presence marks the end.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
