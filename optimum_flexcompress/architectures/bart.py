@@ -55,6 +55,7 @@ BART = Architecture(
     hidden_size=("d_model",),
     embeddings=("shared", "*coder.embed_tokens", "*coder.embed_positions"),
     embedding_outputs=("encoder.layernorm_embedding", "decoder.layernorm_embedding"),
+    embedding_norms=("encoder.layernorm_embedding", "decoder.layernorm_embedding"),
     reads=("lm_head", "classification_head.out_proj", "qa_outputs"),
     writes=("*coder.layernorm_embedding",),
     both=("classification_head.dense",),

@@ -120,6 +120,7 @@ class Architecture:
         hidden_size: The keys in `config.json` with the width of the residual stream.
         embeddings: Modules or parameters that turn inputs into vectors of the residual stream.
         embedding_outputs: Modules whose output is the residual stream before the first layer, or a summand of it.
+        embedding_norms: Norms, if any, through which the embeddings go before they are the residual stream.
         reads: Modules that read the residual stream and write something else.
         writes: Norms over the residual stream.
         both: Modules that read the residual stream and write vectors of the same dims, so that they shrink with it.
@@ -135,6 +136,7 @@ class Architecture:
     hidden_size: tuple[str, ...]
     embeddings: tuple[str, ...]
     embedding_outputs: tuple[str, ...]
+    embedding_norms: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     both: tuple[str, ...] = ()

@@ -32,6 +32,7 @@ BERT = Architecture(
     hidden_size=("hidden_size",),
     embeddings=EMBEDDINGS,
     embedding_outputs=("embeddings",),
+    embedding_norms=("embeddings.LayerNorm",),
     reads=("classifier", "qa_outputs", "cls.predictions.decoder", "cls.seq_relationship"),
     writes=("embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"),
     both=("pooler.dense", "cls.predictions.transform.dense"),

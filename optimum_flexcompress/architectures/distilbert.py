@@ -30,6 +30,7 @@ DISTILBERT = Architecture(
     hidden_size=("dim",),
     embeddings=("embeddings.word_embeddings", "embeddings.position_embeddings"),
     embedding_outputs=("embeddings",),
+    embedding_norms=("embeddings.LayerNorm",),
     reads=("classifier", "qa_outputs", "vocab_projector"),
     writes=("embeddings.LayerNorm", "vocab_layer_norm"),
     both=("pre_classifier", "vocab_transform"),

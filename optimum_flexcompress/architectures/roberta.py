@@ -13,6 +13,7 @@ ROBERTA = Architecture(
     hidden_size=("hidden_size",),
     embeddings=EMBEDDINGS,
     embedding_outputs=("embeddings",),
+    embedding_norms=("embeddings.LayerNorm",),
     reads=("classifier", "classifier.out_proj", "qa_outputs", "lm_head.decoder"),
     writes=("embeddings.LayerNorm", "lm_head.layer_norm"),
     both=("pooler.dense", "classifier.dense", "lm_head.dense"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import ALL, build, inputs_for, outputs_of
 
 import optimum_flexcompress
 from optimum_flexcompress.architectures import ARCHITECTURES, describe, find_architecture
 from optimum_flexcompress.structure import count_parameters
+from tests.tiny import ALL, build, inputs_for, outputs_of
 
 
 @pytest.mark.parametrize(("family", "name"), ALL)

@@ -13,7 +13,7 @@ import transformers
 
 from optimum_flexcompress import FlexCompressError, Kept, KeptLayer, ModelStructure, keep_layers, resize, select
 from optimum_flexcompress.architectures import describe
-from optimum_flexcompress.masking import masked
+from optimum_flexcompress.masking import Masks, fold, masked
 from optimum_flexcompress.structure import count_parameters
 from tests.tiny import ALL, GENERATIVE, build, inputs_for, outputs_of
 
@@ -448,3 +448,22 @@ def test_compressed_models_train_in_the_stock_trainer(tmp_path):
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained")
     assert not torch.equal(before, again.classifier.weight)
     same(outputs_of(again, inputs_for(again)), outputs_of(loaded.eval(), inputs_for(again)), atol=0)
+
+
+@pytest.mark.parametrize(("family", "name"), ALL)
+def test_scales_fold_into_the_weights(family, name):
+    """Masks that are neither 0 nor 1, on every head, FFN dim and dim of the residual stream; tied and untied."""
+    model = build(family, name)
+    inputs = inputs_for(model)
+    masks = Masks.of(describe(model), ragged(model, seed=6))
+    generator = torch.Generator().manual_seed(0)
+    flat = [masks.hidden]
+    for layers in masks.stacks.values():
+        flat += [mask for layer in layers for mask in (layer.attention, layer.cross_attention, layer.ffn)]
+    for mask in flat:
+        if mask is not None:
+            mask.mul_(0.5 + torch.rand(mask.shape, generator=generator))
+    with masked(model, masks):
+        expected = outputs_of(model, inputs)
+    select(fold(model, masks), masks.kept())
+    same(outputs_of(model, inputs), expected, masks.kept().hidden)
