@@ -74,6 +74,7 @@ class Task:
     main_metric: ClassVar[str]
     greater_is_better: ClassVar[bool] = True
     generation: ClassVar[bool] = False
+    default_max_length: ClassVar[int] = 128
 
     @property
     def auto_class(self) -> type:

@@ -11,6 +11,11 @@ from datasets import DatasetDict
 from transformers import DataCollatorWithPadding, EvalPrediction, PretrainedConfig, PreTrainedModel
 
 from .base import Column, Prepared, Task, effective_length, first_output, map_splits, texts
+from .metrics import correlation
+
+
+# A thousand texts make half a million pairs, which is enough for a correlation and still takes no time.
+PAIRED_ROWS = 1000
 
 
 class FeatureExtraction(Task):
@@ -19,7 +24,7 @@ class FeatureExtraction(Task):
     name = "feature-extraction"
     auto_class_name = "AutoModel"
     ort_class_path = "optimum.onnxruntime:ORTModelForFeatureExtraction"
-    main_metric = "cosine"
+    main_metric = "similarity"
     columns = (Column("text", ("text", "sentence", "sentence1", "content", "document", "query", "question")),)
 
     def read_output(self, output: Any, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -48,8 +53,8 @@ class FeatureExtraction(Task):
         return Prepared(
             dataset=map_splits(data, tokenise),
             collator=DataCollatorWithPadding(processor),
-            compute_metrics=cosine_metrics,
-            main_metric="cosine",
+            compute_metrics=similarity_metrics,
+            main_metric="similarity",
         )
 
 
@@ -69,10 +74,33 @@ def mean_pool(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
-def cosine_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Mean and least cosine between the vectors and their references."""
-    cosine = cosines(first_output(prediction.predictions), prediction.label_ids)
-    return {"cosine": float(cosine.mean()), "cosine_min": float(cosine.min())}
+def similarity_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """How well vectors keep what another model's vectors say about which texts are alike.
+
+    Returns:
+        `similarity`, the correlation of the cosines between all pairs of texts (of the first `PAIRED_ROWS`) under the
+        two models, which may differ in width; where they do not, `cosine` and `cosine_min` between the two vectors
+        of each text.
+    """
+    vectors, references = np.asarray(first_output(prediction.predictions)), np.asarray(prediction.label_ids)
+    result = {"similarity": similarity_correlation(vectors, references)}
+    if vectors.shape == references.shape:
+        cosine = cosines(vectors, references)
+        result.update(cosine=float(cosine.mean()), cosine_min=float(cosine.min()))
+    return result
+
+
+def similarity_correlation(left: np.ndarray, right: np.ndarray) -> float:
+    """Pearson's correlation between two models' cosines of all pairs of rows, `(B, d), (B, d') -> scalar`."""
+    pairs = np.triu_indices(min(len(left), PAIRED_ROWS), k=1)
+    if len(pairs[0]) < 2:  # one pair or none: nothing to correlate
+        return 1.0 if left.shape == right.shape and np.allclose(left, right, rtol=1e-3, atol=1e-4) else 0.0
+    left, right = _unit(left[:PAIRED_ROWS]), _unit(right[:PAIRED_ROWS])
+    return correlation((left @ left.T)[pairs], (right @ right.T)[pairs])
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:

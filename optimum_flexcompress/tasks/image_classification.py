@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import FlexCompressError
 from .base import Column, Prepared, Task, load_pretrained
 from .labels import LabelMap, model_kwargs, without_unlabelled
-from .text_classification import single_label_metrics
+from .metrics import single_label_metrics
 
 
 class ImageClassification(Task):

@@ -30,6 +30,7 @@ class QuestionAnswering(Task):
     auto_class_name = "AutoModelForQuestionAnswering"
     ort_class_path = "optimum.onnxruntime:ORTModelForQuestionAnswering"
     main_metric = "f1"
+    default_max_length = 384
     columns = (
         Column("question", ("question", "query")),
         Column("context", ("context", "passage", "paragraph")),

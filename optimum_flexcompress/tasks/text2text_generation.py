@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import DatasetDict
-from sacrebleu.metrics import BLEU, CHRF
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PretrainedConfig, PreTrainedModel
 
-from ..errors import FlexCompressError
+from ..errors import FlexCompressError, MissingExtraError
 from .base import Column, Prepared, Task, effective_length, map_splits, texts
 
 
@@ -44,6 +44,7 @@ class Text2TextGeneration(Task):
 
         With `model` (not just its configuration), batches also carry `decoder_input_ids`.
         """
+        require_sacrebleu()
         data = _without_pairs(data, columns)
         chosen = self.find_columns(data, columns)
         for split in data.values():
@@ -65,6 +66,16 @@ class Text2TextGeneration(Task):
             main_metric="chrf",
             generation=True,
         )
+
+
+def require_sacrebleu() -> None:
+    """Says early that the scorer is missing, rather than after training.
+
+    Raises:
+        MissingExtraError: It is.
+    """
+    if importlib.util.find_spec("sacrebleu") is None:
+        raise MissingExtraError("sacrebleu", "report")
 
 
 def _without_pairs(data: DatasetDict, columns: Mapping[str, str] | None) -> DatasetDict:
@@ -125,6 +136,9 @@ def text_metrics(outputs: Sequence[str], references: Sequence[str]) -> dict[str,
     Returns:
         `chrf` and `bleu` in 0 to 100, `exact_match` and `wer` as shares (`wer` may pass 1).
     """
+    require_sacrebleu()
+    from sacrebleu.metrics import BLEU, CHRF
+
     words = sum(len(reference.split()) for reference in references)
     errors = sum(edit_distance(output.split(), reference.split()) for output, reference in zip(outputs, references))
     return {

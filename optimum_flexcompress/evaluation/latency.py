@@ -1,0 +1,116 @@
+"""Times several things side by side, so that their ratios can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.benchmark import Timer
+from tqdm.auto import tqdm
+
+from ..errors import FlexCompressError
+
+
+@dataclass
+class Timing:
+    """How long one call takes.
+
+    Attributes:
+        median: Seconds.
+        iqr: Distance between the quartiles, seconds.
+        samples: Number of timed samples.
+        calls: Calls in each sample, which a sample averages over.
+        threads: Threads that PyTorch was given.
+        seconds: The samples, in the order of the rounds.
+    """
+
+    median: float
+    iqr: float
+    samples: int
+    calls: int
+    threads: int
+    seconds: list[float]
+
+    @classmethod
+    def of(cls, seconds: list[float], calls: int, threads: int) -> Timing:
+        """Summarises samples."""
+        low, median, high = np.percentile(seconds, [25, 50, 75])
+        return cls(float(median), float(high - low), len(seconds), calls, threads, [float(value) for value in seconds])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def speedup_over(self, baseline: Timing) -> float:
+        """How many times faster than `baseline`, measured in the same rounds.
+
+        The median of the ratios within a round: a machine that slows down for a while slows both down, and their
+        ratio keeps.
+        """
+        if len(self.seconds) != len(baseline.seconds):
+            raise ValueError(f"{len(self.seconds)} and {len(baseline.seconds)} rounds were not measured side by side.")
+        return float(np.median(np.divide(baseline.seconds, self.seconds)))
+
+
+def measure_side_by_side(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 15,
+    warmup: int = 2,
+    min_sample_seconds: float = 0.05,
+    max_seconds: float | None = None,
+    threads: int | None = None,
+    description: str = "Timing",
+    progress: bool = True,
+) -> dict[str, Timing]:
+    """Times callables in interleaved rounds with torch's benchmark timer.
+
+    Each round times every candidate once, starting with another one each time. Right before each sample the
+    candidate runs once untimed: the threads of a runtime keep spinning for a while after their last run, and the
+    caches hold the previous candidate's weights.
+
+    Args:
+        candidates: Name -> what to time, called without arguments.
+        rounds: Samples for each candidate, at least 3.
+        warmup: Untimed calls before the first round.
+        min_sample_seconds: Short calls are repeated within a sample until it takes about this long.
+        max_seconds: Rough bound for the whole measurement; rounds are cut, but not below 3.
+        threads: Threads for PyTorch; None keeps the present number. Sessions of ONNX Runtime have a number of their
+            own, which is set when they are opened.
+        description: Of the progress bar.
+        progress: Whether to show it.
+
+    Returns:
+        Name -> timing. The samples at one position of `seconds` belong to the same round.
+
+    Raises:
+        FlexCompressError: There is nothing to time, or too few rounds.
+    """
+    if not candidates:
+        raise FlexCompressError("There is nothing to time.")
+    if rounds < 3:
+        raise FlexCompressError(f"{rounds} rounds give no median and spread: ask for at least 3.")
+    threads = threads if threads is not None else torch.get_num_threads()
+    timers = {
+        name: Timer("run()", globals={"run": function}, num_threads=threads) for name, function in candidates.items()
+    }
+    calls, once = {}, {}
+    for name, timer in timers.items():
+        timer.timeit(max(warmup, 1))
+        once[name] = timer.timeit(1).mean
+        calls[name] = max(1, int(np.ceil(min_sample_seconds / once[name])))
+    if max_seconds is not None:
+        one_round = sum(once[name] * (calls[name] + 1) for name in timers)
+        rounds = max(3, min(rounds, int(max_seconds / one_round)))
+
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    names = list(timers)
+    for number in tqdm(range(rounds), desc=description, unit="round", leave=False, disable=not progress):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            timers[name].timeit(1)
+            seconds[name].append(timers[name].timeit(calls[name]).mean)
+    return {name: Timing.of(values, calls[name], threads) for name, values in seconds.items()}
