@@ -1,0 +1,31 @@
+"""Compression methods: the interface, and the methods that come with the package."""
+
+from __future__ import annotations
+
+from . import distillation  # noqa: F401  registers its methods
+from .base import (
+    FULL_PASS,
+    CompressionMethod,
+    LossTerm,
+    Needs,
+    ParameterGroup,
+    PrepareContext,
+    Step,
+    constant,
+    create_method,
+    register_method,
+)
+
+
+__all__ = [
+    "FULL_PASS",
+    "CompressionMethod",
+    "LossTerm",
+    "Needs",
+    "ParameterGroup",
+    "PrepareContext",
+    "Step",
+    "constant",
+    "create_method",
+    "register_method",
+]

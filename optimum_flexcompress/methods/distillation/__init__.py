@@ -1,0 +1,13 @@
+"""Distillation: logits, hidden states, attention maps, MiniLM versions 1 and 2, and students made from a teacher."""
+
+from __future__ import annotations
+
+from ...configuration import DistillationConfig
+from ..base import register_method
+from .method import DistillationMethod
+from .student import make_student
+
+
+register_method(DistillationConfig, DistillationMethod)
+
+__all__ = ["DistillationMethod", "make_student"]
