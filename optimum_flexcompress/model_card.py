@@ -1,0 +1,90 @@
+"""The model card of a compressed checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from .structure import ModelStructure, count_parameters
+
+
+TAG = "optimum-flexcompress"
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    model: PreTrainedModel,
+    *,
+    methods: Sequence[str] = (),
+    base_model: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    licence: str | None = None,
+) -> Path | None:
+    """Writes `README.md` into a checkpoint folder, unless somebody else wrote one.
+
+    Args:
+        folder: The folder of the checkpoint.
+        model: The model in it.
+        methods: Names of the methods that made it.
+        base_model: Hub id of the model it was made from; a local path is not passed on.
+        metrics: What was measured, by name.
+        licence: Identifier of the licence to pass on.
+
+    Returns:
+        The path of the card, or `None` where there is a card that this function did not write.
+    """
+    path = Path(folder) / "README.md"
+    if path.exists() and TAG not in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []):
+        return None
+    needs_plugin = hasattr(model.config, "quantization_config")
+    if base_model is not None and Path(base_model).exists():
+        base_model = None
+    data = ModelCardData(
+        library_name="transformers",
+        tags=[TAG, *methods],
+        base_model=base_model,
+        license=licence,
+        model_name=path.parent.name,
+    )
+    counts = count_parameters(model)
+    auto_class = type(model).__name__
+    lines = [
+        f"# {path.parent.name}",
+        "",
+        f"A compressed `{auto_class}`" + (f" made from `{base_model}`" if base_model else "") + ".",
+        "Made with optimum-flexcompress" + (f" ({', '.join(methods)})." if methods else "."),
+        "",
+        "## Load it",
+        "",
+        "```python",
+        *(
+            ["import optimum_flexcompress  # pip install optimum-flexcompress; teaches from_pretrained the sizes"]
+            * needs_plugin
+        ),
+        f"from transformers import {auto_class}",
+        "",
+        f'model = {auto_class}.from_pretrained("{path.parent.name}")',
+        "```",
+        "",
+        "Layers differ in size here, so loading asks for the import above; without it, loading stops with an error."
+        if needs_plugin
+        else "It loads in Transformers without any plugin.",
+        "",
+        "## Size",
+        "",
+        f"{counts['total']:,} parameters: {counts['prunable']:,} in layers, {counts['embeddings']:,} in embeddings, "
+        f"{counts['other']:,} elsewhere.",
+        "",
+        "```",
+        ModelStructure.of(model).summary(),
+        "```",
+    ]
+    if metrics:
+        lines += ["", "## Measured", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n", ignore_metadata_errors=True).save(path)
+    return path
