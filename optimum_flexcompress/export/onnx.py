@@ -1,0 +1,246 @@
+"""Writes a model, compressed or stock, as ONNX files in the layout that Optimum's `ORTModel` classes load."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.exporters.onnx import onnx_export_from_model
+from optimum.exporters.onnx.base import OnnxConfig
+from optimum.exporters.onnx.convert import export_models, validate_models_outputs
+from optimum.exporters.tasks import TasksManager
+from optimum.onnx import merge_decoders
+from optimum.utils.save_utils import maybe_load_preprocessors
+from transformers import PreTrainedModel
+
+from ..errors import FlexCompressError
+from ..output import atomic_folder, check_output_folder
+from ..tasks import CLASS_ENDINGS, SYNONYMS, get_task, infer_task
+from .configs import PlainTextOnnxConfig, export_configs, read_sizes
+
+
+logger = logging.getLogger(__name__)
+
+WITH_PAST = "-with-past"
+GENERATION_TASKS = ("text-generation", "text2text-generation")
+DECODER, DECODER_WITH_PAST, DECODER_MERGED = (
+    "decoder_model.onnx",
+    "decoder_with_past_model.onnx",
+    "decoder_model_merged.onnx",
+)
+# Heads that Optimum's table lacks for some families, and that read token ids and a mask like any encoder.
+PLAIN_TASKS = ("text-classification", "token-classification", "question-answering", "feature-extraction")
+# Lengths the traced graph is checked at; the tracing itself uses Optimum's 16.
+CHECK_SHAPES = {"batch_size": 3, "sequence_length": 11}
+
+
+def export_onnx(
+    model: PreTrainedModel | str | os.PathLike,
+    output: str | os.PathLike,
+    task: str | None = None,
+    *,
+    opset: int | None = None,
+    use_cache: bool = True,
+    merge: bool = True,
+    fuse: bool = False,
+    processor: Any = None,
+    atol: float = 1e-4,
+    validate: bool = True,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Exports a model to ONNX with dynamic batch and sequence lengths.
+
+    Encoders and classifiers become `model.onnx`, decoders one `model.onnx` whose past may be empty, encoder-decoders
+    `encoder_model.onnx`, `decoder_model.onnx`, `decoder_with_past_model.onnx` and `decoder_model_merged.onnx`. The
+    files load in Optimum's `ORTModelFor*` classes; compressed decoders and encoder-decoders, whose layers may cache
+    different numbers of heads, in [`FlexORTModelForCausalLM`] and [`FlexORTModelForSeq2SeqLM`].
+
+    Args:
+        model: The model, or the folder (or Hub id) of one.
+        output: The folder to write; the configuration and the tokenizer or image processor are saved into it too.
+        task: An Optimum task such as `text-classification`; inferred from the model's class when not given.
+        opset: The ONNX operator set; Optimum's choice for the family when not given.
+        use_cache: Whether decoders take and return their cache.
+        merge: Whether the two decoders of an encoder-decoder are also merged into one file.
+        fuse: Whether attention is fused for ONNX Runtime's CPU kernels, see [`fuse_graph`]. The result then runs in
+            ONNX Runtime only.
+        processor: The tokenizer or image processor to save; looked for where the model came from when not given.
+        atol: Largest difference to PyTorch's outputs that is accepted.
+        validate: Whether the files are run and compared with PyTorch, at other lengths than the traced ones.
+        overwrite: Whether `output` may be replaced.
+
+    Returns:
+        The ONNX files.
+
+    Raises:
+        FlexCompressError: The task is unknown or not exportable, a decoder layer lacks an attention that ONNX decoders
+            need, the outputs differ from PyTorch's, or `output` cannot be written.
+        UnsupportedArchitectureError: The family has no architecture table.
+    """
+    output = check_output_folder(output, overwrite=overwrite)
+    if not isinstance(model, PreTrainedModel):
+        source = os.fspath(model)
+        task = task or infer_task(source)
+        if processor is None and os.path.isdir(source):
+            processor = maybe_load_preprocessors(source)
+        model = get_task(task.removesuffix(WITH_PAST)).load_model(source, dtype=torch.float32)
+    task = _export_task(model, task, use_cache)
+    sizes = read_sizes(model)
+    processors = processor if isinstance(processor, list) else [processor] if processor is not None else []
+    with atomic_folder(output, overwrite=overwrite) as folder, _as_it_was(model):
+        model = _single_precision(model)
+        if _supported(model, task):
+            configs = export_configs(model, task, sizes, processors)
+            with _quiet():
+                onnx_export_from_model(
+                    model,
+                    folder,
+                    opset=opset,
+                    task=task,
+                    monolith=task == "feature-extraction",
+                    custom_onnx_configs=configs,
+                    no_post_process=True,
+                    do_validation=False,
+                    preprocessors=processors,
+                )
+        else:
+            configs = {"model": PlainTextOnnxConfig(model.config, task=task)}
+            model.config.save_pretrained(folder)
+            with _quiet():
+                export_models({"model": (model, configs["model"])}, folder, opset=opset, output_names=["model.onnx"])
+        for item in processors:
+            item.save_pretrained(folder)
+        if validate:
+            _compare_with_pytorch(model, folder, configs, task, atol)
+        if merge and (folder / DECODER_WITH_PAST).is_file():
+            with _quiet():
+                merge_decoders(
+                    folder / DECODER, folder / DECODER_WITH_PAST, save_path=folder / DECODER_MERGED, strict=False
+                )
+        if fuse:
+            from .fusion import fuse_folder
+
+            fuse_folder(folder)
+        names = sorted(file.name for file in folder.glob("*.onnx"))
+    return [output / name for name in names]
+
+
+def _export_task(model: PreTrainedModel, task: str | None, use_cache: bool) -> str:
+    """Optimum's name of the task, with `-with-past` where the model generates with a cache."""
+    if task is None:
+        name = type(model).__name__
+        task = next((value for ending, value in CLASS_ENDINGS.items() if name.endswith(ending)), None)
+    if task is None:
+        try:
+            task = TasksManager._infer_task_from_model_or_model_class(model=model)
+        except ValueError:
+            raise FlexCompressError(
+                f"The class {type(model).__name__} does not tell the task: give one, such as text-classification."
+            ) from None
+    plain = task.removesuffix(WITH_PAST)
+    plain = TasksManager.map_from_synonym(SYNONYMS.get(plain, plain))
+    if plain not in TasksManager.get_all_tasks():
+        get_task(plain)  # raises, naming the nearest known task
+    with_past = use_cache and plain in GENERATION_TASKS
+    return plain + WITH_PAST if with_past else plain
+
+
+def _supported(model: PreTrainedModel, task: str) -> bool:
+    """Whether Optimum's own table exports this task for this family.
+
+    Raises:
+        FlexCompressError: Neither that table nor ours does.
+    """
+    known = TasksManager.get_supported_tasks_for_model_type(
+        model.config.model_type, "onnx", library_name="transformers"
+    )
+    if task in known and (task.endswith(WITH_PAST) or _takes_the_inputs(model, task)):
+        return True
+    if task in PLAIN_TASKS:
+        return False
+    raise FlexCompressError(
+        f"A {model.config.model_type} model cannot be exported for {task}: choose one of {', '.join(sorted(known))}."
+    )
+
+
+def _stock_config(model: PreTrainedModel, task: str, processors: list[Any] | None = None) -> OnnxConfig:
+    constructor = TasksManager.get_exporter_config_constructor(
+        model=model, exporter="onnx", task=task, library_name="transformers"
+    )
+    return constructor(model.config, preprocessors=processors)
+
+
+def _takes_the_inputs(model: PreTrainedModel, task: str) -> bool:
+    """False for the likes of `T5EncoderModel`: its family's inputs are those of an encoder-decoder, its own are not."""
+    return _stock_config(model, task).inputs.keys() <= inspect.signature(model.forward).parameters.keys()
+
+
+def _single_precision(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or a copy where it is not in single precision on the CPU, which is what gets exported."""
+    tensors = {(tensor.dtype, tensor.device.type) for tensor in model.parameters()}
+    if tensors <= {(torch.float32, "cpu")}:
+        return model
+    logger.info("Exporting a copy of the model in single precision on the CPU.")
+    return copy.deepcopy(model).cpu().float()
+
+
+def _compare_with_pytorch(
+    model: PreTrainedModel, folder: Path, configs: dict[str, OnnxConfig], task: str, atol: float
+) -> None:
+    names = sorted(file.stem for file in folder.glob("*.onnx"))
+    if not configs:
+        configs = {"model": _stock_config(model, task)}
+    pairs = {name: (model.get_encoder() if name == "encoder_model" else model, configs[name]) for name in names}
+    try:
+        with _quiet():
+            validate_models_outputs(
+                pairs,
+                [list(config.outputs) for _, config in pairs.values()],
+                folder,
+                atol=atol,
+                input_shapes=CHECK_SHAPES,
+                use_subprocess=False,
+            )
+    except ValueError as error:
+        raise FlexCompressError(
+            f"The exported model does not compute what the PyTorch model computes ({' '.join(str(error).split())}): "
+            "report this with the model's config.json, or pass a larger atol if the model's outputs are large."
+        ) from error
+
+
+@contextlib.contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Undoes what the exporter does to a model: evaluation mode, and entries of its configuration."""
+    training = [module.training for module in model.modules()]
+    config, generation = copy.deepcopy(model.config.__dict__), None
+    if getattr(model, "generation_config", None) is not None:
+        generation = copy.deepcopy(model.generation_config.__dict__)
+    try:
+        yield
+    finally:
+        for module, mode in zip(model.modules(), training):
+            module.training = mode
+        model.config.__dict__.clear()
+        model.config.__dict__.update(config)
+        if generation is not None:
+            model.generation_config.__dict__.update(generation)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Tracer warnings name lines inside Transformers; what they warn of is checked by running the result."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
