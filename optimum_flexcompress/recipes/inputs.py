@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import FlexCompressError
@@ -13,76 +13,96 @@ from .stages import DataSettings
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+    from transformers import PreTrainedModel
 
     from ..tasks import Task
 
 # Rows of each split that are prepared on trial.
 _TRIAL = 8
+# The tasks' column roles that hold classes.
+_CLASS_ROLES = ("label", "tags")
 
 
-def open_data(dataset: str, settings: DataSettings, seed: int, say: Callable[[str], None]) -> DatasetDict:
+@dataclass
+class Inputs:
+    """The data of a run.
+
+    Attributes:
+        data: The splits, cut down as the recipe asks.
+        label_names: The class names of the whole data set, which a small part of it may not show; None where the task
+            has no classes.
+    """
+
+    data: DatasetDict
+    label_names: list[str] | None
+
+
+def open_data(task: Task, dataset: str, settings: DataSettings, seed: int, say: Callable[[str], None]) -> Inputs:
     """Loads the data set, cut down as the recipe asks.
 
     Args:
+        task: What the data is for.
         dataset: Anything that [`load_data`] takes.
         settings: The recipe's `data` group.
         seed: Decides which examples are taken.
         say: Receives a line when a part of the training data is held out.
 
     Returns:
-        The splits; one beside `train` to evaluate on, where there is a training split.
+        The data, with a split beside `train` to evaluate on where there is a training split.
+
+    Raises:
+        FlexCompressError: The data set cannot be read, or lacks a column.
     """
     from datasets import DatasetDict
 
     from ..data import load_data, take
 
     data = load_data(dataset)
+    columns = task.find_columns(data, settings.columns)
+    names = _label_names(data, columns)
     if list(data) == ["train"]:
         if len(data["train"]) < 2:
             raise FlexCompressError(f"{dataset} has a single example: give a data set to train and evaluate on.")
         parts = data["train"].train_test_split(test_size=settings.test_fraction, seed=seed)
         data = DatasetDict({"train": parts["train"], "test": parts["test"]})
-        say(f"{dataset} has no split to evaluate on: {len(data['test'])} training examples are held out for it")
+        say(f"{dataset} has no split to evaluate on: {len(data['test'])} of its examples are held out for it")
     limits = {"train": settings.max_train_samples}
-    return DatasetDict(
-        {name: take(split, limits.get(name, settings.max_eval_samples), seed) for name, split in data.items()}
-    )
+    cut = {name: take(split, limits.get(name, settings.max_eval_samples), seed) for name, split in data.items()}
+    return Inputs(data=DatasetDict(cut), label_names=names)
 
 
-def check_model_and_data(task: Task, model: str, data: DatasetDict, settings: DataSettings) -> None:
-    """Finds out in a second or two what would otherwise fail in the first stage, or only after hours.
+def _label_names(data: DatasetDict, columns: dict[str, str]) -> list[str] | None:
+    from ..tasks.labels import LabelMap, without_unlabelled
+
+    column = next((columns[role] for role in _CLASS_ROLES if role in columns), None)
+    return None if column is None else LabelMap(without_unlabelled(data, column), column).names
+
+
+def check_model_and_data(task: Task, model: str, inputs: Inputs, settings: DataSettings) -> PreTrainedModel:
+    """Finds out in seconds what would otherwise fail in the first stage, or only after hours.
+
+    Returns:
+        The model on the meta device: its sizes, without the weights.
 
     Raises:
-        FlexCompressError: There is no model, its family is not supported, its weights are truncated, or the data set
-            lacks a column.
+        FlexCompressError: There is no model, its family is not supported, its weights are damaged, or the data cannot
+            be prepared for it.
     """
-    from transformers import AutoConfig
+    from ..architectures import describe
 
-    from ..architectures import find_architecture
-    from ..tasks.base import load_pretrained
-
-    config = load_pretrained(AutoConfig, model)
-    find_architecture(config.model_type)
-    if Path(model).expanduser().is_dir():
-        check_weights(Path(model).expanduser())
     processor = task.load_processor(model)
-    # Columns first, over all splits: preparing a few rows can then only fail for what is in the rows.
-    task.find_columns(data, settings.columns)
-    trial = {name: split.select(range(min(_TRIAL, len(split)))) for name, split in data.items()}
+    trial = {name: split.select(range(min(_TRIAL, len(split)))) for name, split in inputs.data.items()}
     with _no_progress_bars():
-        task.prepare(type(data)(trial), processor, max_length=settings.max_length, columns=settings.columns)
-
-
-def check_weights(folder: Path) -> None:
-    """Raises FlexCompressError when a safetensors file is shorter than its header says, or not one at all."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise FlexCompressError(f"{file} is damaged ({error}): fetch or save the model again.") from error
+        prepared = task.prepare(
+            type(inputs.data)(trial),
+            processor,
+            max_length=settings.max_length,
+            columns=settings.columns,
+            label_names=inputs.label_names,
+        )
+    loaded = task.load_model(model, ignore_mismatched_sizes=True, **prepared.model_kwargs)
+    describe(loaded)
+    return loaded.to("meta")
 
 
 @contextlib.contextmanager

@@ -73,20 +73,21 @@ def run_recipe(
             f"or add --overwrite to replace it."
         )
     the_task = get_task(task)
+    inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say)
+    sizes = check_model_and_data(the_task, model, inputs, recipe.data)
     for spec in recipe.stages:
         try:
-            spec.stage.check()
+            spec.stage.check(sizes)
         except FlexCompressError as error:
             raise FlexCompressError(f"stages.{spec.name}: {error}") from error
-    data = open_data(dataset, recipe.data, recipe.seed, say)
-    check_model_and_data(the_task, model, data, recipe.data)
     run = _Run(
         recipe=recipe,
         workspace=workspace,
         context=StageContext(
             name="",
             task=the_task,
-            data=data,
+            data=inputs.data,
+            label_names=inputs.label_names,
             data_settings=recipe.data,
             dataset=str(dataset),
             seed=recipe.seed,

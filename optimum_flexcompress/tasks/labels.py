@@ -91,7 +91,8 @@ class LabelMap:
         by_lower = {name.lower(): index for index, name in enumerate(self.names)}
         named = {name: by_name.get(name, by_lower.get(name.lower())) for name in own}
         if all(index is not None for index in named.values()):
-            ids: dict[Any, int] = dict(named)
+            # All wanted classes, since the split that was looked at need not have every one of them.
+            ids: dict[Any, int] = {**by_name, **named}
             if declared:
                 ids.update({position: named[name] for position, name in enumerate(own)})
             elif plain_ids:

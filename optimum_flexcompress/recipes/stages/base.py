@@ -12,6 +12,7 @@ from ...errors import FlexCompressError, nearest
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+    from transformers import PreTrainedModel
 
     from ...tasks import Task
 
@@ -55,6 +56,7 @@ class StageContext:
         name: The stage's name in the recipe.
         task: The task.
         data: The data set, sliced as the recipe asks.
+        label_names: The class names of the whole data set, in the order of their ids; None where there are no classes.
         data_settings: The recipe's `data` group.
         dataset: What the user gave as `--dataset`.
         seed: The recipe's seed.
@@ -67,6 +69,7 @@ class StageContext:
     name: str
     task: Task
     data: DatasetDict
+    label_names: list[str] | None
     data_settings: DataSettings
     dataset: str
     seed: int
@@ -104,10 +107,11 @@ class Stage:
         """What the stage does, for the line that announces it."""
         raise NotImplementedError
 
-    def check(self) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """Raises FlexCompressError for what can be known to fail before any stage has run.
 
-        Unlike the settings' own checks it may import heavy packages.
+        Args:
+            model: The user's model on the meta device: its sizes, without the weights.
         """
 
     def run(self, context: StageContext) -> dict[str, Any]:

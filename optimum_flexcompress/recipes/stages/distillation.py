@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,12 +72,12 @@ class Distill(TrainingStage):
         """See the base class."""
         return f"distilling {self.settings.teacher} into a smaller model"
 
-    def check(self) -> None:
-        """Looks at the methods' settings and at the structure file too."""
-        super().check()
+    def check(self, model: PreTrainedModel) -> None:
+        """Looks at the methods' settings too, and makes the student without its weights."""
+        super().check(model)
         self._compression_config()
-        if self.settings.structure is not None:
-            read_structure(self.settings.structure)
+        # No stage makes a model bigger, so what does not fit into the user's model fits into none that follows.
+        self._student(model, own_copy=False)
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
@@ -117,14 +118,20 @@ class Distill(TrainingStage):
         )
 
     def _student(self, start: PreTrainedModel, own_copy: bool) -> PreTrainedModel:
+        from ...architectures import describe
         from ...methods.distillation.student import make_student
 
         if self.settings.structure is not None:
             return make_student(start, structure=read_structure(self.settings.structure))
-        if self.settings.layers is not None:
-            return make_student(start, layers=self.settings.layers)
-        # Self-distillation at full size still needs a student that is not the teacher itself.
-        return start if own_copy else make_student(start)
+        layers = self.settings.layers
+        if layers is None:
+            # Self-distillation at full size still needs a student that is not the teacher itself.
+            return start if own_copy else copy.deepcopy(start)
+        if isinstance(layers, float):
+            layers = {
+                name: max(1, round(layers * len(stack.layers))) for name, stack in describe(start).stacks.items()
+            }
+        return make_student(start, layers=layers)
 
     def _without_labels(self, context: StageContext, processor: Any) -> Prepared:
         from transformers import DataCollatorWithPadding

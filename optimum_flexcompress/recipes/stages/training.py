@@ -89,7 +89,7 @@ class TrainingStage(Stage):
 
     settings: TrainingSettings
 
-    def check(self) -> None:
+    def check(self, model: PreTrainedModel) -> None:
         """Looks at the names in `arguments`, and at the schedule."""
         from transformers import SchedulerType, TrainingArguments
 
@@ -242,12 +242,13 @@ class FineTune(TrainingStage):
 
 
 def prepare(context: StageContext, processor: Any, model: Any = None) -> Prepared:
-    """The data made ready for `model`, as the recipe's `data` group says."""
+    """The data made ready as the recipe's `data` group says, with the classes of `model` where one is given."""
     return context.task.prepare(
         context.data,
         processor,
         max_length=context.data_settings.max_length,
         columns=context.data_settings.columns,
+        label_names=context.label_names if model is None else None,
         model=model,
     )
 
