@@ -44,6 +44,7 @@ class Prepared:
         label_names: The class names in the order of their ids; None where there are no classes.
         main_metric: The figure to select and compare models by, a key of what `compute_metrics` returns.
         greater_is_better: Its direction.
+        unit: How to show it: `share` (0 to 1, shown as a percentage), `percent` (0 to 100), or nothing.
         generation: Whether predictions are generated token ids (`predict_with_generate`).
         preprocess_logits: For `Trainer(preprocess_logits_for_metrics=...)`: shrinks a batch of outputs, on the device,
             to what `compute_metrics` needs. Language models need it, or the logits of a whole split pile up in memory.
@@ -57,6 +58,7 @@ class Prepared:
     label_names: list[str] | None = None
     main_metric: str = ""
     greater_is_better: bool = True
+    unit: str = ""
     generation: bool = False
     preprocess_logits: Callable[[Any, Any], Any] | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -61,6 +61,7 @@ class ImageClassification(Task):
             compute_metrics=single_label_metrics,
             label_names=labels.names,
             main_metric="accuracy",
+            unit="share",
             model_kwargs=model_kwargs(labels.names),
         )
 

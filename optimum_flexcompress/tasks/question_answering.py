@@ -69,6 +69,7 @@ class QuestionAnswering(Task):
             collator=DataCollatorWithPadding(processor),
             compute_metrics=_metrics(windows),
             main_metric="f1",
+            unit="percent",
             windows=windows,
         )
 

@@ -64,6 +64,7 @@ class Text2TextGeneration(Task):
             collator=DataCollatorForSeq2Seq(processor, model=network, label_pad_token_id=IGNORED),
             compute_metrics=generation_metrics(processor),
             main_metric="chrf",
+            unit="percent",
             generation=True,
         )
 

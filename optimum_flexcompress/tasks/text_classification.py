@@ -75,6 +75,7 @@ class TextClassification(Task):
             compute_metrics=metrics,
             label_names=names,
             main_metric=main,
+            unit="" if problem == "regression" else "share",
             model_kwargs=kwargs,
         )
 

@@ -82,6 +82,7 @@ class TokenClassification(Task):
             compute_metrics=token_metrics(labels.names),
             label_names=labels.names,
             main_metric="f1",
+            unit="share",
             model_kwargs=model_kwargs(labels.names),
         )
 

@@ -1,0 +1,302 @@
+"""Measures several models side by side on one data set."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from tqdm.auto import tqdm
+
+from ..data import load_data, select_split, take
+from ..errors import FlexCompressError, MissingExtraError
+from ..output import atomic_folder, check_output_folder
+from ..tasks import get_task, infer_task
+from ..tasks.base import Prepared, Task
+from ..tasks.labels import names_of_model
+from .artifact import Artifact, open_artifact
+from .compare import compare_predictions
+from .cost import count_macs, count_parameters, file_size, skeleton
+from .environment import environment_info
+from .evaluate import Evaluation, evaluate_artifact, stream_batches
+from .inputs import example_batch
+from .memory import measure_peak_memory
+from .models import check_same_inputs, name_models
+from .report import ModelResult, Report
+from .workloads import BLOCKS, forward_inputs, generates, time_shape, time_stream, timed_shapes, timing_dict
+
+
+# Under this name the rows are prepared, whatever their split is called: tasks may treat training rows differently.
+EVALUATED = "test"
+
+
+def run_benchmark(
+    folders: Mapping[str, str | os.PathLike] | Sequence[str | os.PathLike],
+    baseline: str | os.PathLike | None = None,
+    task: str | Task | None = None,
+    data: str | os.PathLike | Dataset | DatasetDict | None = None,
+    output: str | os.PathLike | None = None,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_length: int | None = None,
+    max_samples: int | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    lengths: Sequence[int] = (128,),
+    new_tokens: int = 32,
+    stream_rows: int = 64,
+    rounds: int = 15,
+    max_seconds: float = 60.0,
+    eval_batch_size: int = 32,
+    threads: int | None = None,
+    memory: bool = True,
+    html: bool = True,
+    overwrite: bool = False,
+    dataset_name: str | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measures models: metric, agreement with the baseline, size, MACs, latency, throughput, memory.
+
+    All models are open at once and timed in interleaved rounds, so that speed-ups are ratios of figures taken side by
+    side. Memory is measured in a process of its own for each model.
+
+    Args:
+        folders: The models: `{name: folder}`, or folders, which then name themselves. See [`open_artifact`].
+        baseline: The model to compare with: a name of `folders`, or another folder; None: the first one.
+        task: What the models are for; None reads it from the baseline's configuration.
+        data: The data set, see [`optimum_flexcompress.data.load_data`].
+        output: A folder for `report.json` and `report.html`; None writes nothing.
+        split: The split to evaluate; None: test, else validation, else train.
+        columns: See [`Task.find_columns`].
+        max_length: Longest input in tokens; None: the task's default.
+        max_samples: Evaluate on at most so many rows, drawn at random.
+        batch_sizes: Batch sizes to time.
+        lengths: Sequence lengths to time, each with every batch size.
+        new_tokens: For generating models: tokens to generate while timing, and the bound while evaluating.
+        stream_rows: How many rows of the data set to time one by one at their real lengths; 0: none.
+        rounds: Interleaved rounds of timing, at least 3.
+        max_seconds: Rough bound for the timing of one shape; rounds are cut to keep it, but not below 3.
+        eval_batch_size: Rows at a time while evaluating.
+        threads: Threads for PyTorch and ONNX Runtime; None: PyTorch's present number.
+        memory: Whether to measure peak memory.
+        html: Whether to write the page.
+        overwrite: Whether `output` may be replaced.
+        dataset_name: Its name in the report; None: the name of the file or folder.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The report; `str(report)` is the table.
+
+    Raises:
+        FlexCompressError: A model or the data set cannot be opened, or they do not fit together.
+        MissingExtraError: The page was asked for, and matplotlib or Jinja2 is missing.
+    """
+    if data is None:
+        raise FlexCompressError("A benchmark needs a data set: give data=, on the command line --dataset.")
+    if output is not None:
+        check_output_folder(output, overwrite=overwrite)
+        if html:
+            require_report_extra()
+    check_shapes(batch_sizes, lengths, rounds)
+    paths, baseline = name_models(folders, baseline)
+    task = get_task(task if task is not None else infer_task(paths[baseline]))
+    with using_threads(threads) as threads:
+        artifacts = {name: open_artifact(path, task, threads=threads) for name, path in paths.items()}
+        prepared, split = _prepare(artifacts[baseline], task, data, split, columns, max_length, max_samples)
+        check_same_inputs(artifacts, baseline)
+        _limit_lengths(artifacts, lengths, task)
+
+        evaluations = _evaluate(artifacts, baseline, prepared, eval_batch_size, new_tokens, progress)
+        results = {
+            name: _describe(name, artifact, evaluations[name], lengths, new_tokens)
+            for name, artifact in artifacts.items()
+        }
+        for name, result in results.items():
+            if name != baseline:
+                result.comparison = compare_predictions(
+                    task, prepared, EVALUATED, evaluations[baseline], evaluations[name]
+                )
+                if prepared.main_metric in result.metrics:
+                    result.change = (
+                        result.metrics[prepared.main_metric] - results[baseline].metrics[prepared.main_metric]
+                    )
+
+        timing = {"rounds": rounds, "max_seconds": max_seconds, "threads": threads, "progress": progress}
+        for shape, batch_size, length in timed_shapes(task, batch_sizes, lengths, new_tokens):
+            timings = time_shape(artifacts, batch_size, length, new_tokens, shape, timing)
+            produced = batch_size * (new_tokens if generates(task) else 1)
+            for name, measured in timings.items():
+                results[name].latency[shape] = timing_dict(measured, timings[baseline], produced)
+        if stream_rows and "attention_mask" in prepared.dataset[EVALUATED].column_names and task.name not in BLOCKS:
+            batches = stream_batches(prepared, EVALUATED, stream_rows)
+            for name, measured in time_stream(artifacts, baseline, batches, new_tokens, timing).items():
+                results[name].stream = measured
+        if memory:
+            for name, path in tqdm(paths.items(), desc="Memory", unit="model", leave=False, disable=not progress):
+                results[name].memory = measure_peak_memory(
+                    path,
+                    task.name,
+                    length=max(lengths),
+                    threads=threads,
+                    max_new_tokens=new_tokens if generates(task) else 0,
+                )
+
+        report = Report(
+            task=task.name,
+            dataset=dataset_name or _dataset_name(data),
+            split=split,
+            rows=len(prepared.windows[EVALUATED].examples.ids)
+            if prepared.windows
+            else len(prepared.dataset[EVALUATED]),
+            metric=prepared.main_metric,
+            unit=prepared.unit,
+            greater_is_better=prepared.greater_is_better,
+            baseline=baseline,
+            models=[results[baseline], *(result for name, result in results.items() if name != baseline)],
+            environment=environment_info(threads),
+            settings={
+                "max_length": max_length or task.default_max_length,
+                "max_samples": max_samples or "all",
+                "batch_sizes": list(batch_sizes),
+                "lengths": list(lengths),
+                **({"new_tokens": new_tokens} if generates(task) else {}),
+                "stream_rows": stream_rows,
+                "rounds": rounds,
+                "max_seconds": max_seconds,
+                "eval_batch_size": eval_batch_size,
+            },
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+    if output is not None:
+        with atomic_folder(output, overwrite=overwrite) as folder:
+            report.save(folder, html=html)
+    return report
+
+
+def require_report_extra() -> None:
+    """Raises MissingExtraError, before anything is measured, when the page could not be written."""
+    for module, package in (("matplotlib", "matplotlib"), ("jinja2", "Jinja2")):
+        if importlib.util.find_spec(module) is None:
+            raise MissingExtraError(package, "report")
+
+
+def check_shapes(batch_sizes: Sequence[int], lengths: Sequence[int], rounds: int) -> None:
+    """Raises FlexCompressError for sizes that cannot be timed."""
+    for name, values in (("batch_sizes", batch_sizes), ("lengths", lengths)):
+        if not values or any(value < 1 for value in values):
+            raise FlexCompressError(f"{name} must be one or more positive numbers, not {list(values)}.")
+    if rounds < 3:
+        raise FlexCompressError(f"{rounds} rounds give no median and spread: ask for at least 3.")
+
+
+@contextmanager
+def using_threads(threads: int | None):
+    """Gives PyTorch that many threads for a while; yields the number."""
+    before = torch.get_num_threads()
+    if threads is not None:
+        if threads < 1:
+            raise FlexCompressError(f"threads must be at least 1, not {threads}.")
+        torch.set_num_threads(threads)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _prepare(
+    artifact: Artifact,
+    task: Task,
+    data: Any,
+    split: str | None,
+    columns: Mapping[str, str] | None,
+    max_length: int | None,
+    max_samples: int | None,
+) -> tuple[Prepared, str]:
+    loaded = load_data(data)
+    split = select_split(loaded, split)
+    rows = DatasetDict({EVALUATED: take(loaded[split], max_samples)})
+    if names_of_model(artifact.config) is None and split != "train" and "train" in loaded:
+        # A model without class names has them in the order of its training split.
+        rows["train"] = loaded["train"]
+    prepared = task.prepare(
+        rows,
+        artifact.load_processor(),
+        max_length=max_length or task.default_max_length,
+        columns=columns,
+        model=artifact.config,
+    )
+    if EVALUATED not in prepared.dataset:
+        raise FlexCompressError(f"The split {split!r} has no labels: choose another one with --split.")
+    if prepared.label_names is not None and len(prepared.label_names) > artifact.config.num_labels:
+        raise FlexCompressError(
+            f"The data set has {len(prepared.label_names)} classes, but {artifact.path} has a head for "
+            f"{artifact.config.num_labels}: benchmark a model that was trained for this data set."
+        )
+    return prepared, split
+
+
+def _limit_lengths(artifacts: Mapping[str, Artifact], lengths: Sequence[int], task: Task) -> None:
+    """Fails before the long work where a length could not be timed."""
+    for artifact in artifacts.values():
+        example_batch(artifact.config, task, 1, max(lengths))
+
+
+def _evaluate(
+    artifacts: Mapping[str, Artifact],
+    baseline: str,
+    prepared: Prepared,
+    batch_size: int,
+    new_tokens: int,
+    progress: bool,
+) -> dict[str, Evaluation]:
+    evaluations: dict[str, Evaluation] = {}
+    for name in artifacts:
+        # Where a task has no labels, the baseline's vectors stand in for them.
+        unlabelled = artifacts[name].task.name == "feature-extraction"
+        references = evaluations[baseline].predictions if unlabelled and name != baseline else None
+        evaluations[name] = evaluate_artifact(
+            artifacts[name],
+            prepared,
+            EVALUATED,
+            batch_size=batch_size,
+            max_new_tokens=new_tokens,
+            references=references,
+            progress=progress,
+        )
+        if unlabelled and name == baseline:
+            evaluations[name].metrics = {prepared.main_metric: 1.0}
+    return evaluations
+
+
+def _describe(
+    name: str, artifact: Artifact, evaluation: Evaluation, lengths: Sequence[int], new_tokens: int
+) -> ModelResult:
+    model = artifact.model if artifact.backend == "pytorch" else skeleton(artifact.folder, artifact.task)
+    macs = {}
+    for length in lengths if artifact.task.name != "image-classification" else [0]:
+        batch = forward_inputs(artifact, example_batch(artifact.config, artifact.task, 1, length), new_tokens)
+        macs[str(length) if length else "image"] = count_macs(model, batch)
+    return ModelResult(
+        name=name,
+        path=str(artifact.path),
+        backend=artifact.backend,
+        precision=artifact.precision,
+        parameters=count_parameters(model),
+        size=file_size(artifact.path),
+        macs=macs,
+        metrics={key: float(value) for key, value in evaluation.metrics.items()},
+    )
+
+
+def _dataset_name(data: Any) -> str:
+    if isinstance(data, Dataset | DatasetDict):
+        first = data if isinstance(data, Dataset) else next(iter(data.values()))
+        return first.info.dataset_name or "data set"
+    path = Path(data)
+    return path.name if path.exists() else str(data)

@@ -1,0 +1,243 @@
+"""The result of a benchmark: as an object, as JSON, as a table for the terminal, as one HTML page."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import FlexCompressError
+from ..output import write_text_atomically
+from .environment import describe_environment
+from .formatting import (
+    MISSING,
+    format_bytes,
+    format_change,
+    format_count,
+    format_metric,
+    format_seconds,
+    format_share,
+    format_speedup,
+    text_table,
+)
+
+
+JSON_NAME = "report.json"
+HTML_NAME = "report.html"
+FORMAT_VERSION = 1
+
+
+@dataclass
+class ModelResult:
+    """What was measured of one model.
+
+    Attributes:
+        name: Its name in the report.
+        path: Where it was opened.
+        backend: What ran it.
+        precision: `fp32`, `int8`, ...
+        parameters: Their number, tied ones once.
+        size: Bytes of its weights on disk.
+        macs: Multiply-accumulates for one input, by its length in tokens (or `image`).
+        metrics: The task's metrics.
+        change: Of the main metric, against the baseline.
+        comparison: What [`optimum_flexcompress.evaluation.compare_predictions`] found against the baseline.
+        latency: By shape (`1x128`: batch 1, 128 tokens; `1x128+32`: and 32 generated ones): `median` and `iqr` in
+            seconds, `samples`, `calls`, `threads`, `throughput` in inputs (or generated tokens) per second, and
+            `speedup` over the baseline.
+        stream: The same for inputs of real lengths one by one: seconds for one, `p95`, `mean_length`, `rows`.
+        memory: Bytes, what [`optimum_flexcompress.evaluation.measure_peak_memory`] returned.
+    """
+
+    name: str
+    path: str
+    backend: str
+    precision: str
+    parameters: int
+    size: int
+    macs: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    change: float | None = None
+    comparison: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stream: dict[str, Any] | None = None
+    memory: dict[str, int] | None = None
+
+
+@dataclass
+class Report:
+    """A benchmark's result.
+
+    Attributes:
+        task: Name of the task.
+        dataset: Name of the data set.
+        split: The split that metrics are of.
+        rows: Its number of rows.
+        metric: The main metric's name.
+        unit: How to show it, see [`optimum_flexcompress.tasks.Prepared`].
+        greater_is_better: Its direction.
+        baseline: Name of the model that the others are compared with.
+        models: The results, the baseline first.
+        environment: What [`optimum_flexcompress.evaluation.environment_info`] returned.
+        settings: How it was measured.
+        created: When, ISO 8601, UTC.
+        version: Of this format.
+    """
+
+    task: str
+    dataset: str
+    split: str
+    rows: int
+    metric: str
+    unit: str
+    greater_is_better: bool
+    baseline: str
+    models: list[ModelResult]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    created: str
+    version: int = FORMAT_VERSION
+
+    def __getitem__(self, name: str) -> ModelResult:
+        """The result of one model, by its name."""
+        return next(model for model in self.models if model.name == name)
+
+    def shapes(self) -> list[str]:
+        """The shapes that were timed."""
+        return list(dict.fromkeys(shape for model in self.models for shape in model.latency))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Report:
+        """The report that [`Report.to_dict`] was called on.
+
+        Raises:
+            FlexCompressError: It is not one, or of a newer version.
+        """
+        if not isinstance(content, dict) or content.get("version", 0) > FORMAT_VERSION:
+            raise FlexCompressError("This report was written by a newer version: upgrade optimum-flexcompress.")
+        missing = [part.name for part in fields(cls) if part.name not in content]
+        if missing:
+            raise FlexCompressError(f"This is no benchmark report: it lacks {', '.join(missing)}.")
+        known = {part.name: content[part.name] for part in fields(cls)}
+        known["models"] = [ModelResult(**model) for model in known["models"]]
+        return cls(**known)
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Report:
+        """Reads a report.
+
+        Args:
+            path: The folder given to [`Report.save`], or its JSON file.
+
+        Returns:
+            The report.
+
+        Raises:
+            FlexCompressError: There is none, or it is damaged.
+        """
+        path = Path(path)
+        path = path / JSON_NAME if path.is_dir() else path
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise FlexCompressError(f"There is no report {path}.") from error
+        except json.JSONDecodeError as error:
+            raise FlexCompressError(f"{path} is not valid JSON ({error.msg}): run the benchmark again.") from error
+
+    def save(self, folder: str | os.PathLike, html: bool = True) -> Path:
+        """Writes `report.json` and `report.html`.
+
+        Args:
+            folder: An existing folder; see [`optimum_flexcompress.output.atomic_folder`].
+            html: Whether to write the page, which needs the extra `report`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            MissingExtraError: Jinja2 or matplotlib is missing.
+        """
+        folder = Path(folder)
+        page = self.to_html() if html else None
+        write_text_atomically(folder / JSON_NAME, self.to_json())
+        if page is not None:
+            write_text_atomically(folder / HTML_NAME, page)
+        return folder
+
+    def to_html(self) -> str:
+        """One self-contained page, plots included.
+
+        Raises:
+            MissingExtraError: Jinja2 or matplotlib is missing.
+        """
+        from .page import render_page
+
+        return render_page(self)
+
+    def summary_rows(self) -> tuple[list[str], list[list[str]]]:
+        """The main table: what each model knows and what it weighs."""
+        lengths = list(dict.fromkeys(length for model in self.models for length in model.macs))[-1:]
+        arrow = "↑" if self.greater_is_better else "↓"
+        header = ["model", "runs in", f"{self.metric} {arrow}", "change", "agrees", "parameters", "size"]
+        header += [f"MACs ({length})" if length.isdigit() else "MACs" for length in lengths] + ["memory"]
+        rows = []
+        for model in self.models:
+            own = model.name == self.baseline
+            rows.append(
+                [
+                    model.name,
+                    f"{model.backend} {model.precision}",
+                    format_metric(model.metrics.get(self.metric), self.unit),
+                    MISSING if own else format_change(model.change, self.unit),
+                    MISSING if own else format_share(model.comparison.get("agreement")),
+                    format_count(model.parameters),
+                    format_bytes(model.size),
+                    *(format_count(model.macs.get(length)) for length in lengths),
+                    format_bytes(model.memory["model"]) if model.memory else MISSING,
+                ]
+            )
+        return header, rows
+
+    def time_rows(self) -> tuple[list[str], list[list[str]]]:
+        """The second table: median time and speed-up for each shape, and for inputs of real lengths."""
+        shapes = self.shapes()
+        streams = any(model.stream for model in self.models)
+        header = ["model", *(column for shape in shapes for column in (shape, "faster"))]
+        header += ["real lengths", "faster"] if streams else []
+        rows = []
+        for model in self.models:
+            row = [model.name]
+            for shape in shapes:
+                timing = model.latency.get(shape, {})
+                row += [format_seconds(timing.get("median")), format_speedup(timing.get("speedup"))]
+            if streams:
+                timing = model.stream or {}
+                row += [format_seconds(timing.get("median")), format_speedup(timing.get("speedup"))]
+            rows.append(row)
+        return header, rows
+
+    def table(self) -> str:
+        """The report for a terminal."""
+        parts = [f"{self.task} on {self.dataset}, split {self.split} ({self.rows} rows); baseline: {self.baseline}"]
+        parts.append(text_table(*self.summary_rows()))
+        header, rows = self.time_rows()
+        if len(header) > 1:
+            parts.append(
+                "Time for one batch (batch x tokens), median of interleaved rounds; speed-up over the baseline"
+            )
+            parts.append(text_table(header, rows))
+        parts.append(describe_environment(self.environment))
+        return "\n\n".join(parts)
+
+    def __str__(self) -> str:
+        return self.table()
