@@ -138,14 +138,14 @@ def latency_bars(report: Report) -> str | None:
     with rc_context(STYLE):
         height = 0.9 + 0.34 * len(report.models)
         rows = -(-len(panels) // 4)
-        across = min(len(panels), 4)
+        across = -(-len(panels) // rows)
         figure = Figure(figsize=(11.2, height * rows), layout="constrained")
         all_axes = figure.subplots(rows, across, squeeze=False).ravel()
         for index, (axes, (title, timings)) in enumerate(zip(all_axes, panels)):
             values = [timing["median"] for timing in timings]
             notes = [
                 format_seconds(timing["median"])
-                + ("" if model.name == report.baseline else f"  {format_speedup(timing.get('speedup'))}")
+                + ("" if model.name == report.baseline else f" · {format_speedup(timing.get('speedup'))}")
                 for model, timing in zip(report.models, timings)
             ]
             spreads = [timing["iqr"] / 2 for timing in timings]
@@ -163,8 +163,10 @@ def _bars(axes, report: Report, values: list[float], notes: list[str], names: bo
     axes.barh(
         places, values, height=0.62, color=[palette[m.name] for m in report.models], xerr=spreads, error_kw=error
     )
-    for place, value, note in zip(places, values, notes):
-        axes.annotate(note, (value, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5)
+    for place, value, note, spread in zip(places, values, notes, spreads or [0] * len(values)):
+        axes.annotate(
+            note, (value + spread, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5
+        )
     axes.set_yticks(list(places), [model.name for model in report.models] if names else [""] * len(values))
     axes.tick_params(left=False, bottom=False, labelbottom=False)
     axes.spines["bottom"].set_visible(False)
@@ -201,12 +203,12 @@ def class_changes(report: Report, model: ModelResult) -> str | None:
             )
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(most)), [f"{_short(c['name'])} ({c['count']})" for c in most])
-        axes.set_xlim(-1.25 * reach if min(values) < 0 else 0, 1.25 * reach if max(values) > 0 else 0)
+        axes.set_xlim(-1.4 * reach if min(values) < 0 else 0, 1.4 * reach if max(values) > 0 else 0)
         axes.tick_params(left=False)
         axes.spines["left"].set_visible(False)
         axes.invert_yaxis()
-        axes.set_title(f"{model.name}: change of accuracy by class")
-        axes.set_xlabel("points against the baseline (rows of the class in brackets)")
+        figure.suptitle(f"{model.name}: change of accuracy by class", x=0.01, ha="left", fontsize=10.5, color=INK)
+        axes.set_xlabel("points (rows of the class in brackets)")
         axes.grid(True, axis="x")
         return _svg(figure)
 
