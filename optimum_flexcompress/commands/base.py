@@ -60,13 +60,16 @@ class FlexCompressCommand(BaseOptimumCLICommand):
         """Runs `execute`, and turns its failures into one sentence on stderr and an exit code."""
         previous = signal.signal(signal.SIGTERM, _raise_terminated)
         try:
-            from optimum_flexcompress.errors import FlexCompressError
-
             try:
                 self.execute()
                 # A full disk or a closed pipe must not turn into a silent success at interpreter exit.
                 sys.stdout.flush()
-            except FlexCompressError as error:
+            except ValueError as error:
+                # Imported here because it comes with the whole package, which a wrong argument should not wait for.
+                from optimum_flexcompress.errors import FlexCompressError
+
+                if not isinstance(error, FlexCompressError):
+                    raise
                 self._fail(str(error), error)
             except BrokenPipeError:
                 # The reader of our output went away (`| head`): nothing to report, and nowhere to report it.

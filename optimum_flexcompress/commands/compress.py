@@ -63,8 +63,6 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
 
     def execute(self) -> None:
         """See the base class."""
-        from optimum_flexcompress.errors import FlexCompressError
-
         args = self.args
         if args.list_recipes:
             self._list_recipes()
@@ -73,6 +71,7 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
             if getattr(args, option) is None:
                 self.parser.error(f"--{option} is needed (see --help)")
 
+        from optimum_flexcompress.errors import FlexCompressError
         from optimum_flexcompress.recipes import load_recipe, run_recipe
 
         overrides = list(args.overrides)

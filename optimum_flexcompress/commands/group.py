@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.flexcompress.base import describe_parser
+from optimum.commands.flexcompress.benchmark import BenchmarkCommand
 from optimum.commands.flexcompress.compress import CompressCommand
 
 
-_COMMANDS = (CompressCommand,)
+_COMMANDS = (CompressCommand, BenchmarkCommand)
 
 
 class FlexCompressGroupCommand(BaseOptimumCLICommand):
