@@ -152,8 +152,9 @@ class TrainingStage(Stage):
         if checkpoint is not None:
             context.say(f"{context.name}: going on from {checkpoint.name}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        split = select_split(prepared.dataset)
-        metrics = evaluate(trainer, prepared.dataset[split])
+        metrics = {}
+        if prepared.compute_metrics is not None:
+            metrics = evaluate(trainer, prepared.dataset[select_split(prepared.dataset)])
         trainer.save_model(str(context.output))
         # A pickle of the arguments, which nobody needs to load the model.
         (context.output / "training_args.bin").unlink(missing_ok=True)
@@ -162,6 +163,7 @@ class TrainingStage(Stage):
 
     def training_arguments(self, context: StageContext, prepared: Prepared) -> Any:
         """The settings as `TrainingArguments`."""
+        import torch
         from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
         settings = self.settings
@@ -184,6 +186,8 @@ class TrainingStage(Stage):
             "logging_strategy": "steps",
             "logging_steps": 0.1,
             "report_to": "none",
+            # Elsewhere PyTorch warns about it in every stage.
+            "dataloader_pin_memory": torch.cuda.is_available(),
             **settings.arguments,
         }
         if prepared.generation:
