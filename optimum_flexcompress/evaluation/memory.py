@@ -94,6 +94,11 @@ def _main() -> None:
         torch.set_num_threads(arguments.threads)
     imports = _resident()[0]
     artifact = open_artifact(arguments.path, task, threads=arguments.threads)
+    if artifact.backend == "pytorch":
+        # Weights are mapped from the file and become resident when first read: which rows of an embedding that are
+        # would depend on the batch and on the system's read-ahead.
+        for parameter in artifact.model.parameters():
+            parameter.detach().sum()
     batch = example_batch(artifact.config, task, arguments.batch_size, arguments.length)
     for _ in range(2):
         if arguments.max_new_tokens:
