@@ -25,7 +25,7 @@ class DataSettings:
     """How much of the data is used, and how.
 
     Attributes:
-        max_length: Longest input, in tokens; longer ones are cut.
+        max_length: Longest input, in tokens; longer ones are cut. The task's default where left out.
         max_train_samples: Train on this many examples only, chosen at random with the recipe's seed.
         max_eval_samples: Evaluate on this many examples only, likewise.
         columns: Column names, where they are not the usual ones: role to name.
@@ -33,7 +33,7 @@ class DataSettings:
             for it.
     """
 
-    max_length: int = 128
+    max_length: int | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     columns: dict[str, Any] | None = None
@@ -77,6 +77,11 @@ class StageContext:
     output: Path
     scratch: Path
     say: Callable[[str], None] = print
+
+    @property
+    def max_length(self) -> int:
+        """Longest input, in tokens."""
+        return self.data_settings.max_length or self.task.default_max_length
 
     def artifact(self, name: str) -> str | Path:
         """The folder that stage `name` wrote (or the user's model)."""

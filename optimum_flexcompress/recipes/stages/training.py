@@ -250,7 +250,7 @@ def prepare(context: StageContext, processor: Any, model: Any = None) -> Prepare
     return context.task.prepare(
         context.data,
         processor,
-        max_length=context.data_settings.max_length,
+        max_length=context.max_length,
         columns=context.data_settings.columns,
         label_names=context.label_names if model is None else None,
         model=model,
