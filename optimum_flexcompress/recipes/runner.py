@@ -82,10 +82,10 @@ def run_recipe(
         )
     the_task = get_task(task)
     inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say)
-    sizes = check_model_and_data(the_task, model, inputs, recipe.data)
+    models = {INPUT: check_model_and_data(the_task, model, inputs, recipe.data)}
     for spec in recipe.stages:
         try:
-            spec.stage.check(sizes)
+            models[spec.name] = spec.stage.check(models)
         except FlexCompressError as error:
             raise FlexCompressError(f"stages.{spec.name}: {error}") from error
     run = _Run(

@@ -41,6 +41,9 @@ class Write(Stage):
     def describe(self):
         return "writing"
 
+    def check(self, models):
+        return models[self.settings.model]
+
     def run(self, context):
         RUNS.append(context.name)
         before = ""

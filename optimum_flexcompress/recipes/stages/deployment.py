@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import FlexCompressError
-from .base import Stage, StageContext, register_stage
+from .base import Stage, StageContext, model_of, register_stage
 
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class Export(Stage):
     def describe(self) -> str:
         """See the base class."""
         return f"exporting {self.settings.model} to ONNX"
+
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
+        """Looks whether there is going to be a model to export."""
+        model_of(models, self.settings.model)
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
@@ -94,6 +99,9 @@ class Quantize(Stage):
     def describe(self) -> str:
         """See the base class."""
         return f"making {self.settings.model} int8 ({self.settings.mode})"
+
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
+        """See the base class."""
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
@@ -156,7 +164,7 @@ class Benchmark(Stage):
         """See the base class."""
         return f"measuring {', '.join(self.inputs())} side by side"
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
         """Looks whether the report could be written."""
         from ...evaluation.benchmark import require_report_extra
 
