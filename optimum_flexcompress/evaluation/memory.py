@@ -103,7 +103,8 @@ def _main() -> None:
     batch = example_batch(artifact.config, task, arguments.batch_size, arguments.length)
     for _ in range(2):
         if arguments.max_new_tokens:
-            artifact.generate(batch, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+            count = arguments.max_new_tokens
+            artifact.generate(batch, max_new_tokens=count, min_new_tokens=count, do_sample=False)
         else:
             artifact.forward(batch)
     peak = _resident()[1]

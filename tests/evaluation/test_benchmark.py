@@ -110,6 +110,12 @@ def test_every_kind_of_text_model(task, rows, tmp_path):
         assert copy.latency["2x8+3"]["throughput"] == pytest.approx(6 / copy.latency["2x8+3"]["median"])
 
 
+def test_generated_tokens_must_fit_too(tmp_path, rows):
+    save(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
+    with pytest.raises(FlexCompressError, match="at most 64 tokens: 65 is too long"):
+        run_benchmark([tmp_path / "gpt2"], data=rows, **{**QUICK, "lengths": (62,)})
+
+
 def test_images(tmp_path, named):
     from PIL import Image
     from transformers import ViTImageProcessor
