@@ -61,7 +61,6 @@ class FlexORTModelForCausalLM(_CacheShapesFromGraph, ORTModelForCausalLM):
     """A decoder in ONNX Runtime, compressed or stock; see [`~optimum.onnxruntime.ORTModelForCausalLM`].
 
     Example:
-
     ```python
     >>> from optimum_flexcompress import FlexORTModelForCausalLM
     >>> model = FlexORTModelForCausalLM.from_pretrained("exported")

@@ -48,7 +48,9 @@ def can_probe(model: ModelProto) -> bool:
     return model.ByteSize() < EXTERNAL_DATA_BYTES
 
 
-def made_up_feeds(model: ModelProto, seed: int = 0, scale: int = 1, image_size: int = 224, vocabulary: int = 8) -> Feeds:
+def made_up_feeds(
+    model: ModelProto, seed: int = 0, scale: int = 1, image_size: int = 224, vocabulary: int = 8
+) -> Feeds:
     """Inputs that a model accepts: random token ids and numbers, and masks with padding on the right.
 
     Args:
