@@ -96,9 +96,13 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
         # the variable, or asks for --debug, gets them.
         if self.args.debug or "TRANSFORMERS_VERBOSITY" in os.environ:
             return
+        import warnings
+
         from transformers.utils import logging
 
         logging.set_verbosity_error()
+        # Said at every checkpoint on some file systems; the Trainer then goes by the numbers in the names.
+        warnings.filterwarnings("ignore", message="mtime may not be reliable")
 
 
 def _quoted(text: str) -> str:
