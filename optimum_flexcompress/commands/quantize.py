@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand
+from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
 
 
 class QuantizeCommand(FlexCompressCommand):
@@ -102,7 +102,7 @@ optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv
         from optimum_flexcompress.quantization.targets import find_target
 
         target = find_target(args.target, args.mode).name
-        columns = self._columns()
+        columns = read_columns(args.columns)
         examples = self._examples(columns) if args.mode == "static" else None
 
         from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
@@ -140,14 +140,3 @@ optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv
             columns=columns,
             max_length=args.max_length,
         )
-
-    def _columns(self) -> dict[str, str]:
-        from optimum_flexcompress.errors import FlexCompressError
-
-        columns = {}
-        for column in self.args.columns:
-            role, equals, name = column.partition("=")
-            if not equals or not role or not name:
-                raise FlexCompressError(f"--columns {column}: write it as role=name, such as text=question.")
-            columns[role] = name
-        return columns
