@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .errors import UnsupportedArchitectureError
 from .structure import ModelStructure, count_parameters
 
 
@@ -50,7 +51,6 @@ def write_model_card(
         license=licence,
         model_name=path.parent.name,
     )
-    counts = count_parameters(model)
     auto_class = type(model).__name__
     lines = [
         f"# {path.parent.name}",
@@ -76,6 +76,22 @@ def write_model_card(
         "",
         "## Size",
         "",
+        *_sizes(model),
+    ]
+    if metrics:
+        lines += ["", "## Measured", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n", ignore_metadata_errors=True).save(path)
+    return path
+
+
+def _sizes(model: PreTrainedModel) -> list[str]:
+    try:
+        counts = count_parameters(model)
+    except UnsupportedArchitectureError:
+        # Distillation of logits needs no table of the family, and gives a model all the same.
+        return [f"{model.num_parameters():,} parameters."]
+    return [
         f"{counts['total']:,} parameters: {counts['prunable']:,} in layers, {counts['embeddings']:,} in embeddings, "
         f"{counts['other']:,} elsewhere.",
         "",
@@ -83,8 +99,3 @@ def write_model_card(
         ModelStructure.of(model).summary(),
         "```",
     ]
-    if metrics:
-        lines += ["", "## Measured", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n", ignore_metadata_errors=True).save(path)
-    return path

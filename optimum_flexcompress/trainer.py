@@ -16,6 +16,7 @@ from .methods.base import PrepareContext, Step
 from .methods.groups import GROUP_KEY, MethodGroups
 from .methods.runner import LossScale, MethodRunner
 from .methods.teacher import unwrap_peft
+from .model_card import write_model_card
 
 
 logger = logging.getLogger(__name__)
@@ -279,15 +280,21 @@ class FlexCompressMixin:
             if self.args.should_save:
                 runner.save(output_dir)
             return None
-        if not (runner.restructures and self.is_in_train):
-            return super().save_model(output_dir, _internal_call)
-        # Asked for in the middle of training, which goes on with the model as it is.
         model = self.model
-        self.model = runner.finalize(copy.deepcopy(model))
+        if runner.restructures and self.is_in_train:
+            # Asked for in the middle of training, which goes on with the model as it is.
+            self.model = runner.finalize(copy.deepcopy(model))
         try:
-            return super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                self._write_card(output_dir if output_dir is not None else self.args.output_dir)
         finally:
             self.model = model
+
+    def _write_card(self, folder: str) -> None:
+        saved = unwrap_peft(self.model)
+        methods = [method.method_type for method in self.compression_config.methods]
+        write_model_card(folder, saved, methods=methods, base_model=saved.config._name_or_path or None)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
