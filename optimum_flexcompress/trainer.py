@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
 
 from .configuration import FlexCompressConfig
@@ -99,9 +100,11 @@ class FlexCompressMixin:
                 "Compression methods do not run under DeepSpeed or FSDP, which shard the modules they look into: use "
                 "`accelerate launch` with plain data parallelism."
             )
-        if self.args.torch_compile:
+        # The launcher can ask for compilation too, past the training arguments.
+        if self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             raise FlexCompressError(
-                "Compression methods act through hooks, which a compiled model does not call: leave torch_compile out."
+                "Compression methods act through hooks, which a compiled model does not call: leave torch_compile out "
+                "(and --dynamo_backend, where `accelerate launch` sets it)."
             )
         if self.args.gradient_checkpointing:
             self._use_non_reentrant(self.args.gradient_checkpointing_kwargs or {})
