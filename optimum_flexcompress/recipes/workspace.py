@@ -89,6 +89,7 @@ class Workspace:
                 f"another run is writing to {self.path}: wait for it, or choose another output folder."
             ) from error
         try:
+            self._remove_leftovers()
             yield
         finally:
             self._remove_if_worthless()
@@ -96,6 +97,14 @@ class Workspace:
             lock.release()
             with contextlib.suppress(OSError):
                 self.path.rmdir()
+
+    def _remove_leftovers(self) -> None:
+        """Removes what a process that was killed outright could not: half-written folders and files."""
+        for path in [*self.path.glob(".*.tmp-*"), *self.path.glob(".*.old-*")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def _remove_if_worthless(self) -> None:
         """Leaves nothing behind when neither a stage nor a checkpoint was completed."""

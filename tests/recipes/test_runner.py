@@ -252,6 +252,17 @@ def test_a_second_run_at_the_same_time_is_refused(run, tmp_path):
     assert run()[1] == []
 
 
+def test_what_a_killed_process_left_is_removed(run, tmp_path):
+    run()
+    out = tmp_path / "out"
+    for name in (".two.tmp-x1", ".two.old-77"):
+        (out / name).mkdir()
+        (out / name / "text").write_text("half")
+    (out / ".run.json.tmp-x2").write_text("{")
+    assert run()[1] == []
+    assert sorted(path.name for path in out.iterdir()) == ["aside", "one", "run.json", "three", "two"]
+
+
 def test_a_damaged_run_file(run, tmp_path):
     run()
     (tmp_path / "out" / "run.json").write_text("{")
