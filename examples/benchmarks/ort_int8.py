@@ -159,6 +159,11 @@ def show(title: str, timings: dict[str, Timing]) -> dict:
     }
 
 
+def write(path: Path, report: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
@@ -197,10 +202,10 @@ def main() -> None:
                     runners(candidates, batches), rounds=options.rounds, threads=options.threads, description=name
                 )
                 found[name] = show(f"{head}, {name}", timings)
+                # Written as it grows: the whole takes ten minutes.
+                write(options.output, report)
             print("\n  cosine to fp32 on real sentences: ", end="")
             print(", ".join(f"{name} {value:.4f}" for name, value in found["cosine_to_fp32"].items()))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"\nWrote {options.output}")
 
 
