@@ -14,7 +14,7 @@ from .version import __version__
 
 
 _EXPORTS = {
-    "configuration": ["FlexCompressConfig", "DistillationConfig", "MiniLMConfig"],
+    "configuration": ["FlexCompressConfig", "DistillationConfig", "MiniLMConfig", "VIBPruningConfig"],
     "trainer": ["FlexCompressTrainer", "FlexCompressSeq2SeqTrainer"],
     "structure": ["ModelStructure"],
     "kept": ["Kept", "KeptLayer"],
@@ -38,6 +38,7 @@ __all__ = [
     "KeptLayer",
     "MiniLMConfig",
     "ModelStructure",
+    "VIBPruningConfig",
     "__version__",
     "keep_layers",
     "resize",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .configuration import DistillationConfig, FlexCompressConfig, MiniLMConfig
+    from .configuration import DistillationConfig, FlexCompressConfig, MiniLMConfig, VIBPruningConfig
     from .errors import FlexCompressError
     from .kept import Kept, KeptLayer
     from .modeling_ort import FlexORTModelForCausalLM, FlexORTModelForSeq2SeqLM
