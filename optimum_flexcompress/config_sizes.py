@@ -14,6 +14,9 @@ from .structure import ModelStructure
 
 QUANT_METHOD = "flexcompress"
 
+LENGTHS_KEY = "length_config"
+"""Entry of `config.json`, and keyword of `from_pretrained`, with how many tokens each layer keeps."""
+
 
 def write_sizes(model: PreTrainedModel, structure: ModelStructure, sources: Mapping[str, Sequence[int]]) -> None:
     """Makes `model.config` describe the sizes of the model.
@@ -41,6 +44,9 @@ def write_sizes(model: PreTrainedModel, structure: ModelStructure, sources: Mapp
                 setattr(config, name, copy.deepcopy(value))
         if config is old and not hasattr(new, "quantization_config") and hasattr(config, "quantization_config"):
             del config.quantization_config
+        if config is old and hasattr(config, LENGTHS_KEY) and not hasattr(config, "quantization_config"):
+            # Sizes need no loader any more, lengths still do.
+            config.quantization_config = {"quant_method": QUANT_METHOD}
     for name in architecture.stacks:
         _set_stack_layers(architecture, model, structure, name)
 
