@@ -37,7 +37,7 @@ def count_limit(hidden: torch.Tensor, count: int) -> Limit | None:
     """The limit of `count` tokens, or `None` where there are no more than that."""
     if torch.jit.is_tracing():
         # `min` would make the length at hand a constant of the graph.
-        width = torch.minimum(torch._shape_as_tensor(hidden)[1], torch.tensor(count))
+        width = torch.minimum(torch._shape_as_tensor(hidden)[1], torch.full((), count))
         return Limit(width, width)
     return Limit(count, count) if count < hidden.shape[1] else None
 

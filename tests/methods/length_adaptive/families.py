@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.tiny import ALL, build
+from tests.tiny import ALL
 
 
 ENCODERS = ("bert", "roberta", "distilbert", "vit", "t5", "t5-gated-untied", "bart")
