@@ -110,7 +110,10 @@ def run_benchmark(
         artifacts = {name: open_artifact(path, task, threads=threads) for name, path in paths.items()}
         prepared, split = _prepare(artifacts[baseline], task, data, split, columns, max_length, max_samples)
         check_same_inputs(artifacts, baseline)
-        _limit_lengths(artifacts, lengths, task)
+        for artifact in artifacts.values():
+            # Fails now, before the long work, where a length could not be timed.
+            longest = max(lengths) + (new_tokens if task.name == "text-generation" else 0)
+            example_batch(artifact.config, task, 1, longest)
 
         evaluations = _evaluate(artifacts, baseline, prepared, eval_batch_size, new_tokens, progress)
         results = {
@@ -239,12 +242,6 @@ def _prepare(
             f"{artifact.config.num_labels}: benchmark a model that was trained for this data set."
         )
     return prepared, split
-
-
-def _limit_lengths(artifacts: Mapping[str, Artifact], lengths: Sequence[int], task: Task) -> None:
-    """Fails before the long work where a length could not be timed."""
-    for artifact in artifacts.values():
-        example_batch(artifact.config, task, 1, max(lengths))
 
 
 def _evaluate(

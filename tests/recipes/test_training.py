@@ -213,12 +213,28 @@ def test_a_structure_file(compress, model_folder, tmp_path):
         ("stages.distill.methods.distilation.temperature=3", 'Did you mean "distillation"?'),
         ("stages.distill.arguments.learning_rat=3", 'Did you mean "learning_rate"?'),
         ("stages.distill.arguments.output_dir=x", "the recipe takes care of it"),
+        ("stages.distill.methods.minilm.relation_heads=7", "stages.distill: 7 relation heads do not divide"),
+        ("stages.distill.methods.minilm.teacher_layer=5", "stages.distill: .* has 4 layers"),
         ("stages.distill.scheduler=linaer", 'Did you mean "linear"?'),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(compress, tmp_path, override, message):
     with pytest.raises(FlexCompressError, match=message):
         compress(RECIPE, override)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_that_is_bigger_than_its_teacher(compress, tmp_path):
+    text = RECIPE.replace("layers: 2", "layers: 1").replace("  distill:", "  small:\n    type: distill")
+    text += "  distill: {teacher: small, model: finetune}\n"
+    with pytest.raises(FlexCompressError, match=r"stages\.distill: The student is bigger than its teacher"):
+        compress(text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_cannot_teach(compress, tmp_path):
+    with pytest.raises(FlexCompressError, match=r'stages\.again: "export" leaves no PyTorch model'):
+        compress(RECIPE + "  export: {}\n  again: {type: distill, teacher: export}\n")
     assert not (tmp_path / "out").exists()
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import FlexCompressError, nearest
-from .base import INPUT, Stage, StageContext, register_stage
+from .base import INPUT, Stage, StageContext, model_of, register_stage
 
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class TrainingStage(Stage):
 
     settings: TrainingSettings
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check_arguments(self) -> None:
         """Looks at the names in `arguments`, and at the schedule."""
         from transformers import SchedulerType, TrainingArguments
 
@@ -186,6 +187,8 @@ class TrainingStage(Stage):
             "logging_strategy": "steps",
             "logging_steps": 0.1,
             "report_to": "none",
+            # Quiet logging would otherwise take the bars, and with them the time left, away.
+            "disable_tqdm": False,
             # Elsewhere PyTorch warns about it in every stage.
             "dataloader_pin_memory": torch.cuda.is_available(),
             **settings.arguments,
@@ -214,6 +217,11 @@ class FineTune(TrainingStage):
     def describe(self) -> str:
         """See the base class."""
         return "fine-tuning the model on the task"
+
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> PreTrainedModel:
+        """See the base class."""
+        self.check_arguments()
+        return model_of(models, self.settings.model)
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
@@ -250,7 +258,7 @@ def prepare(context: StageContext, processor: Any, model: Any = None) -> Prepare
     return context.task.prepare(
         context.data,
         processor,
-        max_length=context.data_settings.max_length,
+        max_length=context.max_length,
         columns=context.data_settings.columns,
         label_names=context.label_names if model is None else None,
         model=model,
