@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from optimum.configuration_utils import BaseConfig
 
 from .errors import FlexCompressError, nearest
+from .length_config import LengthAdaptiveConfig
 from .method_config import METHOD_CONFIGS, MethodConfig, check_number
 from .output import write_text_atomically
 from .version import __version__
@@ -251,6 +252,7 @@ __all__ = [
     "METHOD_CONFIGS",
     "DistillationConfig",
     "FlexCompressConfig",
+    "LengthAdaptiveConfig",
     "MethodConfig",
     "MiniLMConfig",
     "VIBPruningConfig",

@@ -156,7 +156,8 @@ class CompressionMethod:
 
     The order of calls: `validate` when the trainer is built; `prepare` when training starts, then `load_state_dict`
     where it resumes; in each step, for each of `passes`, `before_forward` and `loss_terms`, both inside the wrapped
-    forward of the model; `on_step` after the optimizer; `finalize` at the end.
+    forward of the model, and `after_pass` when its backward is done; `on_step` after the optimizer; `finalize` at the
+    end.
 
     Parameters of a method live in `modules`, outside the model: they are trained, synchronised between processes and
     kept in the trainer's checkpoints, and are no part of the saved model.
@@ -206,6 +207,13 @@ class CompressionMethod:
     def task_loss_weight(self, step: Step) -> float:
         """Factor of the model's own loss in this pass; the factors of all methods are multiplied."""
         return 1.0
+
+    def pass_weight(self, step: Step) -> float:
+        """Factor of the whole loss of this pass, other methods' terms included; the factors of all are multiplied."""
+        return 1.0
+
+    def after_pass(self, step: Step) -> None:
+        """Called after the backward of a pass, also where it failed: undo what `before_forward` did to the model."""
 
     def on_step(self, step: int, max_steps: int) -> None:
         """Called after each optimizer step, with the steps done so far: bound multipliers, move schedules."""

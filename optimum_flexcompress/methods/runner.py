@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,15 @@ class MethodRunner:
     def step(self, step: Step, scale: LossScale) -> Iterator[None]:
         """Has the methods act on the student's forward pass while the block runs, which includes its backward."""
         self._step, self._scale, self._depth = step, scale, 0
-        attention = eager_attention(step.model) if self._needs.attentions else contextlib.nullcontext()
+        maps = self._needs.attentions and step.pass_name == FULL_PASS
+        attention = eager_attention(step.model) if maps else contextlib.nullcontext()
         try:
             with attention:
                 yield
         finally:
             self._step = None
+            for method in self.methods:
+                method.after_pass(step)
 
     @property
     def current(self) -> Step | None:
@@ -188,9 +192,10 @@ class MethodRunner:
         for module in self._needs.undropped_attentions:
             module.eval()
         kwargs = {**kwargs, "return_dict": True}
-        if self._needs.hidden_states:
+        # Other passes are not compared with the teacher.
+        if self._needs.hidden_states and step.pass_name == FULL_PASS:
             kwargs["output_hidden_states"] = True
-        if self._needs.attentions:
+        if self._needs.attentions and step.pass_name == FULL_PASS:
             kwargs["output_attentions"] = True
         if "use_cache" in self._accepts:
             kwargs["use_cache"] = False
@@ -239,7 +244,8 @@ class MethodRunner:
             raise FlexCompressError(
                 f'The pass "{step.pass_name}" has no loss: give a method a weight above 0, or task_loss_weight.'
             )
-        return total, task_weight
+        pass_weight = math.prod(method.pass_weight(step) for method in self.methods)
+        return total * pass_weight, task_weight * pass_weight
 
     def _normalised(self, name: str, term: LossTerm) -> torch.Tensor:
         if not term.per_item:
