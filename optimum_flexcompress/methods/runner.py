@@ -240,6 +240,9 @@ class MethodRunner:
                 )
             self.record_task_loss(loss * self._scale.multiplied)
             total = task_weight * loss if total is None else total + task_weight * loss
+        if total is None and self._scale.task_outside and task_weight:
+            # The trainer adds the only loss there is.
+            total = torch.zeros((), device=self._device)
         if total is None:
             raise FlexCompressError(
                 f'The pass "{step.pass_name}" has no loss: give a method a weight above 0, or task_loss_weight.'

@@ -52,7 +52,7 @@ class SubModel:
         values, before = [], 1.0
         shares = dict(zip(self.layers, self.shares, strict=True))
         for layer in range(count):
-            if layer in self.able:
+            if layer in self.able and layer in shares:
                 before *= 1 - self.length_drop * (1 - shares[layer])
             values.append(before)
         return LengthConfig(tuple(values), "fractions")
