@@ -14,6 +14,7 @@ import transformers
 
 from optimum_flexcompress import FlexCompressError, Kept, KeptLayer, ModelStructure, select
 from optimum_flexcompress.architectures import describe
+from optimum_flexcompress.model_card import write_model_card
 from optimum_flexcompress.token_dropping import LengthConfig, lengths_of, set_lengths
 from optimum_flexcompress.token_dropping.lengths import kept_of, numerator
 from tests.methods.length_adaptive.families import MATRIX, counts_of, fractions_of
@@ -160,3 +161,12 @@ def test_a_model_without_lengths_is_not_marked():
     set_lengths(model, "full")
     assert model.config.to_dict() == before
     assert not hasattr(describe(model).stacks["encoder"].module_list, "_token_dropper")
+
+
+def test_the_card_says_what_is_needed(tmp_path):
+    model = set_lengths(build("bert", "BertForSequenceClassification"), [0.9, 0.5, 0.25])
+    card = write_model_card(tmp_path, model).read_text()
+    assert "import optimum_flexcompress" in card
+    assert "It loads in Transformers without any plugin, at full lengths." in card
+    assert "these fractions of tokens: [0.9, 0.5, 0.25]" in card
+    assert "Lengths" not in write_model_card(tmp_path, build("bert", "BertModel")).read_text()
