@@ -23,7 +23,7 @@ from ..tasks.labels import names_of_model
 from .artifact import Artifact, open_artifact
 from .compare import compare_predictions
 from .cost import count_macs, count_parameters, file_size, skeleton
-from .environment import environment_info
+from .environment import busy_cores, environment_info
 from .evaluate import Evaluation, evaluate_artifact, stream_batches
 from .inputs import example_batch
 from .memory import measure_peak_memory
@@ -130,6 +130,7 @@ def run_benchmark(
                         result.metrics[prepared.main_metric] - results[baseline].metrics[prepared.main_metric]
                     )
 
+        busy = busy_cores()
         timing = {"rounds": rounds, "max_seconds": max_seconds, "threads": threads, "progress": progress}
         for shape, batch_size, length in timed_shapes(task, batch_sizes, lengths, new_tokens):
             timings = time_shape(artifacts, batch_size, length, new_tokens, shape, timing)
@@ -162,7 +163,7 @@ def run_benchmark(
             greater_is_better=prepared.greater_is_better,
             baseline=baseline,
             models=[results[baseline], *(result for name, result in results.items() if name != baseline)],
-            environment=environment_info(threads),
+            environment={**environment_info(threads), "busy_cores": busy},
             settings={
                 "max_length": max_length or task.default_max_length,
                 "max_samples": max_samples or "all",

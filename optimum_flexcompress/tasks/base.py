@@ -243,6 +243,11 @@ def load_pretrained(cls: Any, path: str | os.PathLike, **kwargs: Any) -> Any:
         ) from error
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not folder.is_dir() and isinstance(error, OSError):
+            raise FlexCompressError(
+                f"There is no folder {path} here, and no model of that name could be fetched from the Hub: check the "
+                f"path or the id ({reason.rstrip('.')})."
+            ) from error
         raise FlexCompressError(f"No {what} can be loaded from {path}: {reason}") from error
 
 

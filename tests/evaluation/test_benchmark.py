@@ -110,6 +110,19 @@ def test_every_kind_of_text_model(task, rows, tmp_path):
         assert copy.latency["2x8+3"]["throughput"] == pytest.approx(6 / copy.latency["2x8+3"]["median"])
 
 
+@pytest.mark.parametrize("task", ["text-generation", "text2text-generation"])
+def test_generating_models_in_onnx_runtime(task, rows, tmp_path):
+    family, name, make, metric = CASES[task]
+    save(tmp_path / "torch", family, name)
+    export_onnx(tmp_path / "torch", tmp_path / "onnx", task=task)
+    data = make() if make else DatasetDict({"test": rows["test"]})
+    report = run_benchmark([tmp_path / "torch", tmp_path / "onnx"], data=data, **QUICK)
+    ours, theirs = report["torch"], report["onnx"]
+    assert theirs.backend == "onnxruntime" and theirs.comparison["agreement"] == pytest.approx(1)
+    assert theirs.metrics[metric] == pytest.approx(ours.metrics[metric], rel=1e-3)
+    assert (theirs.macs, theirs.parameters, set(theirs.latency)) == (ours.macs, ours.parameters, set(ours.latency))
+
+
 def test_generated_tokens_must_fit_too(tmp_path, rows):
     save(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
     with pytest.raises(FlexCompressError, match="at most 64 tokens: 65 is too long"):

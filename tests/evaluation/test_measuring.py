@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.evaluation import environment_info, measure_peak_memory, measure_side_by_side
-from optimum_flexcompress.evaluation.environment import describe_environment
+from optimum_flexcompress.evaluation.environment import busy_cores, describe_environment
 from optimum_flexcompress.evaluation.latency import Timing
 from optimum_flexcompress.evaluation.workloads import StreamRun
 
@@ -34,6 +35,18 @@ def test_flags_come_from_the_processor(monkeypatch, tmp_path):
     assert info["cpu"] == "Some CPU" and info["flags"] == ["avx2", "avx512_vnni", "amx_int8"]
     cpuinfo.write_text("Features : fp asimd asimddp i8mm\n")
     assert environment_info()["flags"] == ["asimd", "asimddp", "i8mm"]
+
+
+def test_a_busy_machine_is_said():
+    spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.2)
+        assert busy_cores(0.5) > 0.4
+    finally:
+        spinning.kill()
+        spinning.wait()
+    assert "not to be relied on" in describe_environment({**environment_info(), "busy_cores": 1.4})
+    assert "not to be relied on" not in describe_environment({**environment_info(), "busy_cores": 0.1})
 
 
 def test_candidates_take_turns():
