@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tests.methods.toys import model_of
 from tests.tiny import ALL
 
 
@@ -52,3 +53,13 @@ def assert_close(actual: dict, expected: dict, inputs: dict, family: str, **tole
     tolerance = tolerance or {"atol": 1e-4, "rtol": 1e-4}
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def wide(family: str, **kwargs):
+    """A toy model of the trainer's tests with weights so wide that dropping a token matters."""
+    model = model_of(family, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(0.25 / parameter.std())
+    return model

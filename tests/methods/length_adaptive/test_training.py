@@ -30,6 +30,7 @@ from optimum_flexcompress import (
 from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.methods.length_adaptive import LengthAdaptiveMethod
 from optimum_flexcompress.token_dropping import LengthConfig
+from tests.methods.length_adaptive.families import wide
 from tests.methods.length_adaptive.test_dropping import hooks_of
 from tests.methods.toys import arguments, assert_same, data_of, model_of, twin, weights
 
@@ -139,20 +140,20 @@ def crossings(full, sub, batch, reverse):
 
 
 CASES = {
-    "bert": (functools.partial(model_of, "bert"), functools.partial(data_of, "bert"), classes),
-    "roberta": (functools.partial(model_of, "roberta"), functools.partial(data_of, "roberta"), classes),
-    "distilbert": (functools.partial(model_of, "distilbert"), functools.partial(data_of, "distilbert"), classes),
-    "vit": (functools.partial(model_of, "vit"), functools.partial(data_of, "vit"), classes),
-    "t5": (functools.partial(model_of, "t5"), functools.partial(data_of, "t5"), labelled),
-    "bart": (functools.partial(model_of, "bart"), functools.partial(data_of, "bart"), labelled),
+    "bert": (functools.partial(wide, "bert"), functools.partial(data_of, "bert"), classes),
+    "roberta": (functools.partial(wide, "roberta"), functools.partial(data_of, "roberta"), classes),
+    "distilbert": (functools.partial(wide, "distilbert"), functools.partial(data_of, "distilbert"), classes),
+    "vit": (functools.partial(wide, "vit"), functools.partial(data_of, "vit"), classes),
+    "t5": (functools.partial(wide, "t5"), functools.partial(data_of, "t5"), labelled),
+    "bart": (functools.partial(wide, "bart"), functools.partial(data_of, "bart"), labelled),
     "spans": (
-        functools.partial(model_of, "bert", auto_class=AutoModelForQuestionAnswering, num_labels=2),
+        functools.partial(wide, "bert", auto_class=AutoModelForQuestionAnswering, num_labels=2),
         qa_data,
         spans,
     ),
-    "tokens": (functools.partial(model_of, "bert", auto_class=AutoModelForTokenClassification), token_data, labelled),
-    "several labels": (functools.partial(model_of, "bert"), multi_label_data, crossings),
-    "regression": (functools.partial(model_of, "bert", num_labels=1), regression_data, squares),
+    "tokens": (functools.partial(wide, "bert", auto_class=AutoModelForTokenClassification), token_data, labelled),
+    "several labels": (functools.partial(wide, "bert"), multi_label_data, crossings),
+    "regression": (functools.partial(wide, "bert", num_labels=1), regression_data, squares),
 }
 
 
@@ -162,6 +163,7 @@ def separate_passes(model, batch, sub_models, loss_of, unit="counts", reverse=Fa
     full = model(**batch)
     (share * (full.loss if task is None else task(full))).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    alone = dict(gradients)
     fixed = {key: value.detach() for key, value in full.items() if isinstance(value, torch.Tensor)}
     fixed = type(full)(**fixed)
     parameters = dict(model.named_parameters())
@@ -185,6 +187,9 @@ def separate_passes(model, batch, sub_models, loss_of, unit="counts", reverse=Fa
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 gradients[name] = gradients.get(name, 0) + parameter.grad
+    # Were sub-models to add next to nothing, a comparison would show nothing.
+    moved = sum((gradients[name] - value).norm() ** 2 for name, value in alone.items()) ** 0.5
+    assert moved > 1e-2 * sum(value.norm() ** 2 for value in alone.values()) ** 0.5
     return gradients
 
 
@@ -206,7 +211,7 @@ def test_gradients_are_the_sum_of_the_separate_passes(tmp_path, drawn, case, uni
     assert_same(grab.gradients[0], expected, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["spans", "tokens", "t5"])
+@pytest.mark.parametrize("case", ["bert", "spans", "tokens", "t5"])
 def test_reverse_divergence(tmp_path, drawn, case):
     make, data, loss_of = CASES[case]
     model, data = make(layers=3), data(rows=4)
@@ -224,7 +229,7 @@ def test_reverse_divergence(tmp_path, drawn, case):
 
 
 def test_an_outer_teacher_acts_on_the_full_pass(tmp_path, drawn):
-    teacher, model, data = model_of("bert", layers=4, seed=1), model_of("bert", layers=3), data_of("bert", rows=4)
+    teacher, model, data = wide("bert", layers=4, seed=1), wide("bert", layers=3), data_of("bert", rows=4)
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(1))
     grab = Grab()
@@ -299,7 +304,7 @@ def test_every_family_trains_and_is_stock_afterwards(tmp_path, family, extra):
     assert hooks_of(model) == hooks
     assert any(not torch.equal(before[name], value) for name, value in weights(model).items())
     trainer.save_model(tmp_path / "out")
-    batch = {name: value for name, value in data[:4].items()}
+    batch = dict(data[:4].items())
     full = type(model).from_pretrained(tmp_path / "out")
     assert lengths_of(full) is None
     model.eval()
@@ -317,7 +322,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, family):
         grab = Grab()
         train(
             tmp_path,
-            model_of(family, layers=3),
+            wide(family, layers=3),
             data_of(family),
             LengthAdaptiveConfig(length_drop=0.4),
             callbacks=[grab],
@@ -368,7 +373,7 @@ class KillAt(TrainerCallback):
 
 
 def test_killed_and_resumed_equals_not_killed(tmp_path, drawn):
-    model, data = model_of("bert", layers=3, dropout=0.1), data_of("bert", rows=20)
+    model, data = wide("bert", layers=3, dropout=0.1), data_of("bert", rows=20)
     config = LengthAdaptiveConfig(length_drop=0.4)
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
     whole = train(tmp_path / "whole", twin(model), data, config, **settings)
