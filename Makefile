@@ -19,6 +19,7 @@ SETTINGS := data.max_length=64 \
 	stages.distill.epochs=4 stages.distill.learning_rate=2e-4
 SMOKE_SETTINGS := data.max_train_samples=640 data.max_eval_samples=320 \
 	stages.finetune.epochs=1 stages.distill.epochs=1 \
+	stages.finetune.checkpoints=1 stages.distill.checkpoints=1 \
 	stages.benchmark.rounds=3 stages.benchmark.max_seconds=2 stages.benchmark.stream_rows=16
 
 CHECKED := optimum_flexcompress tests examples

@@ -580,8 +580,16 @@ class TestRefused:
 
     def test_another_head(self, tmp_path):
         teacher = model_of("bert", auto_class=AutoModelForTokenClassification)
-        with pytest.raises(FlexCompressError, match="sequence head and the teacher a token head"):
+        with pytest.raises(FlexCompressError, match="sequence head and the teacher a token classification head"):
             self.build(tmp_path, model_of("bert"), teacher)
+
+    def test_other_labels_where_no_head_reads_them(self, tmp_path):
+        student, teacher = model_of("gpt2", num_labels=2), model_of("gpt2", num_labels=3)
+        self.build(tmp_path, student, teacher)
+
+    def test_compiled_training(self, tmp_path):
+        with pytest.raises(FlexCompressError, match="torch_compile"):
+            self.build(tmp_path, model_of("bert"), model_of("bert"), args={"torch_compile": True})
 
     def test_no_head(self, tmp_path):
         models = [model_of("bert", auto_class=AutoModel) for _ in range(2)]
@@ -609,6 +617,33 @@ class TestRefused:
         with pytest.raises(FlexCompressError, match="tokenizers of student and teacher differ"):
             self.build(tmp_path, twin(teacher), loaded, processing_class=ours)
         self.build(tmp_path, twin(teacher), loaded, processing_class=theirs)
+
+
+def test_batch_size_found_automatically(tmp_path):
+    """The second attempt goes on with the parameters that the optimizer of the first one knows."""
+    teacher = model_of("bert", layers=4, hidden=24)
+    student = model_of("bert", layers=2, hidden=16, seed=1)
+    sizes = []
+
+    def out_of_memory(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    student.register_forward_pre_hook(out_of_memory, with_kwargs=True)
+    trainer = train(
+        tmp_path,
+        student,
+        teacher,
+        data_of("bert"),
+        [DistillationConfig(hidden_states_weight=1.0), MiniLMConfig()],
+        per_device_train_batch_size=8,
+        auto_find_batch_size=True,
+    )
+    assert sizes[0] == 8
+    assert trainer.state.global_step == 2
+    projections = trainer._runner.methods[0].modules.parameters()
+    assert all(parameter in trainer.optimizer.state for parameter in projections)
 
 
 def test_best_model_brings_its_method_state_and_waits_for_the_target(tmp_path, monkeypatch):

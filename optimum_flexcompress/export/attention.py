@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from .graph import MICROSOFT, Graph, attribute
 from .probe import Feeds, same_constant, values_of
@@ -88,7 +88,7 @@ def find_attentions(graph: Graph) -> tuple[list[Attention], dict[str, str]]:
 
 def _match(graph: Graph, softmax: NodeProto) -> Attention:
     factors: tuple[list[str], list[str]] = ([], [])
-    scores, mask = softmax.input[0], None
+    scores, mask = _without_cast(graph, softmax.input[0]), None
     add = graph.producer(scores, "Add")
     if add is not None:
         is_product = [_is_product(graph, name) for name in add.input]
@@ -110,6 +110,12 @@ def _match(graph: Graph, softmax: NodeProto) -> Attention:
     output = _only_reader(graph, transpose.output[0], "Reshape").output[0]
     name = softmax.name.strip("/").rsplit("/", 1)[0] or softmax.name
     return Attention(name, softmax, query, key, value, output, split_query, mask, factors)
+
+
+def _without_cast(graph: Graph, tensor: str) -> str:
+    """T5 takes its softmax in single precision, which scores in single precision already are."""
+    cast = graph.producer(tensor, "Cast")
+    return cast.input[0] if cast is not None and attribute(cast, "to") == TensorProto.FLOAT else tensor
 
 
 def _peel(graph: Graph, tensor: str, factors: tuple[list[str], list[str]]) -> str:
@@ -158,7 +164,10 @@ def _key(graph: Graph, tensor: str, factors: tuple[list[str], list[str]]) -> str
 
 
 def _only_reader(graph: Graph, tensor: str, op_type: str) -> NodeProto:
-    readers = graph.consumers(tensor)
+    # Reading the shape of a tensor does not need its values.
+    readers = [node for node in graph.consumers(tensor) if node.op_type != "Shape"]
+    if any(node.op_type == "IsNaN" for node in readers):
+        raise NotFusable("rows that are hidden entirely are set to zero, which the fused operator does not do")
     if len(readers) != 1 or readers[0].op_type != op_type or tensor in graph.outputs:
         raise NotFusable("something else reads what it computes, such as the attention weights")
     return readers[0]

@@ -104,10 +104,9 @@ def probing_feeds(model: ModelProto, config: PretrainedConfig | None) -> list[Fe
     """Inputs of two sizes, with padding, for measuring and comparing."""
     image_size = getattr(config, "image_size", None) or 224
     vocabulary = min(getattr(config, "vocab_size", None) or 8, 1000)
-    return [
-        made_up_feeds(model, seed=seed, scale=scale, image_size=image_size, vocabulary=vocabulary)
-        for seed, scale in ((0, 1), (1, 2))
-    ]
+    end = getattr(config, "eos_token_id", None)
+    end = end if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) else None
+    return [made_up_feeds(model, seed, scale, image_size, vocabulary, end) for seed, scale in ((0, 1), (1, 2))]
 
 
 def _sum_residuals(graph: Graph) -> None:

@@ -49,7 +49,12 @@ def can_probe(model: ModelProto) -> bool:
 
 
 def made_up_feeds(
-    model: ModelProto, seed: int = 0, scale: int = 1, image_size: int = 224, vocabulary: int = 8
+    model: ModelProto,
+    seed: int = 0,
+    scale: int = 1,
+    image_size: int = 224,
+    vocabulary: int = 8,
+    end_token: int | None = None,
 ) -> Feeds:
     """Inputs that a model accepts: random token ids and numbers, and masks with padding on the right.
 
@@ -59,6 +64,7 @@ def made_up_feeds(
         scale: Multiplies the lengths, not the image size.
         image_size: Height and width of images.
         vocabulary: Token ids are below this.
+        end_token: A token that every row holds once: heads of encoder-decoders read the last one.
 
     Returns:
         One array for each input.
@@ -90,7 +96,11 @@ def made_up_feeds(
         elif "position" in value.name:
             feeds[value.name] = np.broadcast_to(np.arange(shape[-1]), shape).astype(np.int64)
         else:
-            feeds[value.name] = rng.integers(0, vocabulary, shape)
+            ids = rng.integers(0, vocabulary, shape)
+            if end_token is not None and len(shape) == 2:
+                ids[ids == end_token] = (end_token + 1) % vocabulary
+                ids[:, 0] = end_token
+            feeds[value.name] = ids
     return feeds
 
 

@@ -77,7 +77,7 @@ class TestLogits:
         )
         assert value.item() == pytest.approx(expected, rel=1e-5)
 
-    @pytest.mark.parametrize("head", [Head.TOKEN, Head.CAUSAL_LM])
+    @pytest.mark.parametrize("head", [Head.TOKEN, Head.LM, Head.CAUSAL_LM])
     def test_tokens_without_a_label_do_not_count(self, head):
         labels = torch.tensor([[3, -100, 1, 2], [-100, 2, -100, -100]])
         student, teacher = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
@@ -126,9 +126,9 @@ class TestLogits:
             ("bert", AutoModelForQuestionAnswering, Head.QUESTION_ANSWERING),
             ("bart", AutoModelForQuestionAnswering, Head.QUESTION_ANSWERING),
             ("roberta", AutoModelForTokenClassification, Head.TOKEN),
-            ("distilbert", AutoModelForMaskedLM, Head.TOKEN),
-            ("t5", None, Head.TOKEN),
-            ("bart", None, Head.TOKEN),
+            ("distilbert", AutoModelForMaskedLM, Head.LM),
+            ("t5", None, Head.LM),
+            ("bart", None, Head.LM),
             ("gpt2", None, Head.CAUSAL_LM),
             ("bart", AutoModelForCausalLM, Head.CAUSAL_LM),
         ],
@@ -141,7 +141,7 @@ class TestLogits:
             pass
 
         assert head_of(Own(model_of("bert").config)) is Head.SEQUENCE
-        assert head_of(BartForConditionalGeneration(model_of("bart").config)) is Head.TOKEN
+        assert head_of(BartForConditionalGeneration(model_of("bart").config)) is Head.LM
         with pytest.raises(FlexCompressError, match="no head"):
             head_of(model_of("bert", auto_class=AutoModel))
 

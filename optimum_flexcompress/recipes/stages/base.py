@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedModel
 
-    from ...tasks import Task
+    from ...tasks import Prepared, Task
 
 # The name under which a stage refers to the model that the user gave.
 INPUT = "input"
@@ -82,6 +82,22 @@ class StageContext:
     def max_length(self) -> int:
         """Longest input, in tokens."""
         return self.data_settings.max_length or self.task.default_max_length
+
+    def prepare(self, processor: Any, model: Any = None) -> Prepared:
+        """The data made ready as the recipe's `data` group says, with the classes of `model` where one is given.
+
+        Args:
+            processor: The model's tokenizer or image processor.
+            model: A model, or its configuration.
+        """
+        return self.task.prepare(
+            self.data,
+            processor,
+            max_length=self.max_length,
+            columns=self.data_settings.columns,
+            label_names=self.label_names if model is None else None,
+            model=model,
+        )
 
     def artifact(self, name: str) -> str | Path:
         """The folder that stage `name` wrote (or the user's model)."""

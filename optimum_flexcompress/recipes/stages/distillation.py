@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import FlexCompressError
 from .base import StageContext, model_of, register_stage
-from .training import TrainingSettings, TrainingStage, load_config, prepare
+from .training import TrainingSettings, TrainingStage, load_config
 
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Distill(TrainingStage):
         processor = context.task.load_processor(teacher_source)
         if settings.head:
             # The teacher's label ids are the ones that count.
-            prepared = prepare(context, processor, model=load_config(teacher_source))
+            prepared = context.prepare(processor, model=load_config(teacher_source))
             teacher = context.task.load_model(teacher_source)
             start = teacher
             if start_source != teacher_source:
@@ -149,7 +149,7 @@ class Distill(TrainingStage):
     def _without_labels(self, context: StageContext, processor: Any) -> Prepared:
         from transformers import DataCollatorWithPadding
 
-        prepared = prepare(context, processor)
+        prepared = context.prepare(processor)
         if prepared.generation:
             raise FlexCompressError(
                 f"{context.name}: head: false is for encoders, and {context.task.name} has a decoder: leave it out."

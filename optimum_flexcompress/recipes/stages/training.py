@@ -236,7 +236,7 @@ class FineTune(TrainingStage):
             model.save_pretrained(context.output)
             processor.save_pretrained(context.output)
             return {"skipped": True}
-        prepared = prepare(context, processor)
+        prepared = context.prepare(processor)
         # The head that came with the model may be for other labels; it is replaced then.
         model = context.task.load_model(source, ignore_mismatched_sizes=True, **prepared.model_kwargs)
         return self.train(context, model, processor, prepared)
@@ -246,23 +246,11 @@ class FineTune(TrainingStage):
         if not has_head(context.task.auto_class, config):
             return None
         try:
-            return prepare(context, processor, model=config)
+            return context.prepare(processor, model=config)
         except FlexCompressError:
             # The model's labels are not the data's; anything else that is wrong with the data comes up again.
             context.say(f"{context.name}: the labels of {source} are not those of the data, so it gets a new head")
             return None
-
-
-def prepare(context: StageContext, processor: Any, model: Any = None) -> Prepared:
-    """The data made ready as the recipe's `data` group says, with the classes of `model` where one is given."""
-    return context.task.prepare(
-        context.data,
-        processor,
-        max_length=context.max_length,
-        columns=context.data_settings.columns,
-        label_names=context.label_names if model is None else None,
-        model=model,
-    )
 
 
 def load_config(source: str | Path) -> Any:
