@@ -75,8 +75,8 @@ class Needs:
     Attributes:
         teacher: Whether there has to be a teacher.
         teacher_logits: The teacher's head has to run.
-        hidden_states: Hidden states of every layer, of both models.
-        attentions: Attention maps, of both models: they attend eagerly in training steps.
+        hidden_states: Hidden states of every layer, of both models, in the full pass.
+        attentions: Attention maps, of both models, in the full pass: they attend eagerly there.
         student_projections: Projections whose outputs are captured, by keys that start with the method's name.
         teacher_projections: The same in the teacher.
         undropped_attentions: Attention modules of the student whose maps are compared: dropout on the maps is off

@@ -23,7 +23,6 @@ class LayerRecord:
         after_valid: Which of these are valid.
         query: What the query projection returned, until the layer has decided.
         key: The same of the key projection.
-        bias: The layer's position bias (T5), to be handed on.
         gathered: The last tensor that was gathered, and what came of it.
     """
 

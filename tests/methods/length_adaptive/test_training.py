@@ -2,264 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModel,
-    AutoModelForQuestionAnswering,
-    AutoModelForTokenClassification,
     Trainer,
     TrainerCallback,
 )
 
 from optimum_flexcompress import (
     DistillationConfig,
-    FlexCompressConfig,
     FlexCompressError,
-    FlexCompressTrainer,
     LengthAdaptiveConfig,
     MiniLMConfig,
     lengths_of,
     set_lengths,
 )
 from optimum_flexcompress.architectures import describe
-from optimum_flexcompress.methods.length_adaptive import LengthAdaptiveMethod
 from optimum_flexcompress.token_dropping import LengthConfig
 from tests.methods.length_adaptive.families import wide
+from tests.methods.length_adaptive.runs import CASES, Grab, train
 from tests.methods.length_adaptive.test_dropping import hooks_of
 from tests.methods.toys import arguments, assert_same, data_of, model_of, twin, weights
 
 
 FAMILIES = ["bert", "roberta", "distilbert", "vit", "t5", "bart"]
-
-
-class Grab(TrainerCallback):
-    """Keeps the gradients of every optimizer step."""
-
-    def __init__(self):
-        self.gradients = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-
-
-def train(folder, model, data, *methods, teacher=None, resume=None, callbacks=(), eval_dataset=None, **kwargs):
-    trainer = FlexCompressTrainer(
-        model=model,
-        teacher_model=teacher,
-        args=arguments(folder, **kwargs),
-        train_dataset=data,
-        eval_dataset=eval_dataset,
-        compression_config=FlexCompressConfig(methods=copy.deepcopy(list(methods))),
-        callbacks=list(callbacks),
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The sub-models of every pass, as `(step, pass name, sub-model)`."""
-    seen = []
-    original = LengthAdaptiveMethod.sub_model
-
-    def sub_model(self, step):
-        seen.append((step.global_step, step.pass_name, original(self, step)))
-        return seen[-1][2]
-
-    monkeypatch.setattr(LengthAdaptiveMethod, "sub_model", sub_model)
-    return seen
-
-
-def qa_data(rows=16):
-    data = data_of("bert", rows=rows)
-    starts = [label % 3 for label in data["labels"][:].tolist()]
-    data = data.remove_columns("labels").add_column("start_positions", starts)
-    return data.add_column("end_positions", starts).with_format("torch")
-
-
-def token_data(rows=16):
-    data = data_of("bert", rows=rows)
-    labels = torch.randint(3, data["input_ids"][:].shape, generator=torch.Generator().manual_seed(5))
-    labels = labels.masked_fill(data["attention_mask"][:] == 0, -100)
-    return data.remove_columns("labels").add_column("labels", labels.tolist()).with_format("torch")
-
-
-def multi_label_data(rows=16):
-    data = data_of("bert", rows=rows)
-    labels = F.one_hot(data["labels"][:], 3).float()
-    return data.remove_columns("labels").add_column("labels", labels.tolist()).with_format("torch")
-
-
-def regression_data(rows=16):
-    data = data_of("bert", rows=rows)
-    labels = data["labels"][:].float()
-    return data.remove_columns("labels").add_column("labels", labels.tolist()).with_format("torch")
-
-
-def kl(full, sub, reverse):
-    """KL of softmaxes, summed over rows."""
-    p, q = full.softmax(-1), sub.softmax(-1)
-    return (q * (q.log() - p.log())).sum() if reverse else (p * (p.log() - q.log())).sum()
-
-
-def classes(full, sub, batch, reverse):
-    return kl(full.logits, sub.logits, reverse) / len(full.logits)
-
-
-def spans(full, sub, batch, reverse):
-    mask = batch["attention_mask"] == 0
-    parts = [
-        (full[key].masked_fill(mask, -1e9), sub[key].masked_fill(mask, -1e9)) for key in ("start_logits", "end_logits")
-    ]
-    total = 0
-    for one, other in parts:
-        p, q = one.log_softmax(-1), other.log_softmax(-1)
-        if reverse:
-            p, q = q, p
-        total = total + (p.exp() * (p - q)).sum()
-    return total / 2 / len(mask)
-
-
-def labelled(full, sub, batch, reverse):
-    mask = batch["labels"] != -100
-    return kl(full.logits[mask], sub.logits[mask], reverse) / mask.sum()
-
-
-def squares(full, sub, batch, reverse):
-    return (full.logits - sub.logits).pow(2).mean()
-
-
-def crossings(full, sub, batch, reverse):
-    return F.binary_cross_entropy_with_logits(sub.logits, full.logits.sigmoid())
-
-
-CASES = {
-    "bert": (functools.partial(wide, "bert"), functools.partial(data_of, "bert"), classes),
-    "roberta": (functools.partial(wide, "roberta"), functools.partial(data_of, "roberta"), classes),
-    "distilbert": (functools.partial(wide, "distilbert"), functools.partial(data_of, "distilbert"), classes),
-    "vit": (functools.partial(wide, "vit"), functools.partial(data_of, "vit"), classes),
-    "t5": (functools.partial(wide, "t5"), functools.partial(data_of, "t5"), labelled),
-    "bart": (functools.partial(wide, "bart"), functools.partial(data_of, "bart"), labelled),
-    "spans": (
-        functools.partial(wide, "bert", auto_class=AutoModelForQuestionAnswering, num_labels=2),
-        qa_data,
-        spans,
-    ),
-    "tokens": (functools.partial(wide, "bert", auto_class=AutoModelForTokenClassification), token_data, labelled),
-    "several labels": (functools.partial(wide, "bert"), multi_label_data, crossings),
-    "regression": (functools.partial(wide, "bert", num_labels=1), regression_data, squares),
-}
-
-
-def separate_passes(model, batch, sub_models, loss_of, unit="counts", reverse=False, task=None) -> dict:
-    """Gradients of the passes, each computed by itself: layers taken out by hand, lengths set as a user would."""
-    share = 1 / (len(sub_models) + 1)
-    full = model(**batch)
-    (share * (full.loss if task is None else task(full))).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    alone = dict(gradients)
-    fixed = {key: value.detach() for key, value in full.items() if isinstance(value, torch.Tensor)}
-    fixed = type(full)(**fixed)
-    parameters = dict(model.named_parameters())
-    view = describe(model)
-    stack = view.stacks["encoder"]
-    path, _, attribute = stack.table.layers.rpartition(".")
-    parent = view.base.get_submodule(path)
-    original = getattr(parent, attribute)
-    for sub_model in sub_models:
-        model.zero_grad()
-        total = {"pixel_values": 5}.get(next(iter(batch)), 9)
-        lengths = sub_model.counts(total)
-        if unit == "fractions":
-            values = sub_model.fractions(len(stack.layers)).values
-            lengths = LengthConfig(tuple(values[layer] for layer in sub_model.layers), "fractions")
-        setattr(parent, attribute, nn.ModuleList([original[layer] for layer in sub_model.layers]))
-        set_lengths(model, lengths)
-        (share * loss_of(fixed, model(**batch), batch, reverse)).backward()
-        set_lengths(model, None)
-        setattr(parent, attribute, original)
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                gradients[name] = gradients.get(name, 0) + parameter.grad
-    # Were sub-models to add next to nothing, a comparison would show nothing.
-    moved = sum((gradients[name] - value).norm() ** 2 for name, value in alone.items()) ** 0.5
-    assert moved > 1e-2 * sum(value.norm() ** 2 for value in alone.values()) ** 0.5
-    return gradients
-
-
-@pytest.mark.parametrize("unit", ["counts", "fractions"])
-@pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_sum_of_the_separate_passes(tmp_path, drawn, case, unit):
-    make, data, loss_of = CASES[case]
-    model, data = make(layers=4), data(rows=4)
-    if case == "several labels":
-        model.config.problem_type = "multi_label_classification"
-    grab = Grab()
-    reference = twin(model)
-    config = LengthAdaptiveConfig(layer_drop=0.4, length_drop=0.4, unit=unit)
-    train(tmp_path, model, data, config, callbacks=[grab], max_steps=1, max_grad_norm=0.0)
-    assert [name for _, name, _ in drawn] == ["smallest", "random_0", "random_1"]
-    assert len({sub_model for _, _, sub_model in drawn}) == 3
-    assert any(len(sub_model.layers) < 4 for _, _, sub_model in drawn)
-    expected = separate_passes(reference, data[:4], [sub_model for _, _, sub_model in drawn], loss_of, unit)
-    assert_same(grab.gradients[0], expected, atol=1e-5, rtol=1e-3)
-
-
-@pytest.mark.parametrize("case", ["bert", "spans", "tokens", "t5"])
-def test_reverse_divergence(tmp_path, drawn, case):
-    make, data, loss_of = CASES[case]
-    model, data = make(layers=3), data(rows=4)
-    gradients = []
-    for divergence in ("forward", "reverse"):
-        drawn.clear()
-        grab = Grab()
-        config = LengthAdaptiveConfig(length_drop=0.5, divergence=divergence, num_sandwich=1)
-        train(tmp_path, twin(model), data, config, callbacks=[grab], max_steps=1, max_grad_norm=0.0)
-        sub_models = [sub_model for _, _, sub_model in drawn]
-        expected = separate_passes(twin(model), data[:4], sub_models, loss_of, reverse=divergence == "reverse")
-        assert_same(grab.gradients[0], expected, atol=1e-5, rtol=1e-3)
-        gradients.append(grab.gradients[0])
-    assert any(not torch.allclose(gradients[0][name], gradients[1][name], atol=1e-5) for name in gradients[0])
-
-
-def test_an_outer_teacher_acts_on_the_full_pass(tmp_path, drawn):
-    teacher, model, data = wide("bert", layers=4, seed=1), wide("bert", layers=3), data_of("bert", rows=4)
-    calls = []
-    teacher.register_forward_hook(lambda *_: calls.append(1))
-    grab = Grab()
-    distillation = DistillationConfig(logits_weight=0.7, task_loss_weight=0.4, temperature=3.0)
-    trainer = train(
-        tmp_path,
-        twin(model),
-        data,
-        distillation,
-        LengthAdaptiveConfig(length_drop=0.5),
-        teacher=teacher,
-        callbacks=[grab],
-        max_steps=1,
-        max_grad_norm=0.0,
-    )
-    assert len(calls) == 1
-    batch = data[:4]
-    with torch.no_grad():
-        target = (teacher(**batch).logits / 3).log_softmax(-1)
-
-    def task(full):
-        divergence = F.kl_div((full.logits / 3).log_softmax(-1), target, reduction="batchmean", log_target=True)
-        return 0.4 * full.loss + 0.7 * 9 * divergence
-
-    expected = separate_passes(twin(model), batch, [entry[2] for entry in drawn], classes, task=task)
-    assert_same(grab.gradients[0], expected, atol=1e-5, rtol=1e-3)
-    entry = trainer.state.log_history[0]
-    assert {"loss_task", "loss_logits", "loss_smallest", "loss_random"} <= entry.keys()
-    total = 0.4 * entry["loss_task"] + 0.7 * entry["loss_logits"] + entry["loss_smallest"] + 2 * entry["loss_random"]
-    assert entry["loss"] == pytest.approx(total / 4, abs=1e-4)
 
 
 def test_every_distillation_term_beside_it(tmp_path):
