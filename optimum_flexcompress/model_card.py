@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .config_sizes import LENGTHS_KEY
+from .errors import UnsupportedArchitectureError
 from .structure import ModelStructure, count_parameters
 from .token_dropping import lengths_of
 
@@ -53,7 +54,6 @@ def write_model_card(
         license=licence,
         model_name=path.parent.name,
     )
-    counts = count_parameters(model)
     auto_class = type(model).__name__
     lines = [
         f"# {path.parent.name}",
@@ -80,6 +80,22 @@ def write_model_card(
         *_length_lines(model, drops),
         "## Size",
         "",
+        *_sizes(model),
+    ]
+    if metrics:
+        lines += ["", "## Measured", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n", ignore_metadata_errors=True).save(path)
+    return path
+
+
+def _sizes(model: PreTrainedModel) -> list[str]:
+    try:
+        counts = count_parameters(model)
+    except UnsupportedArchitectureError:
+        # Distillation of logits needs no table of the family, and gives a model all the same.
+        return [f"{model.num_parameters():,} parameters."]
+    return [
         f"{counts['total']:,} parameters: {counts['prunable']:,} in layers, {counts['embeddings']:,} in embeddings, "
         f"{counts['other']:,} elsewhere.",
         "",
@@ -87,11 +103,6 @@ def write_model_card(
         ModelStructure.of(model).summary(),
         "```",
     ]
-    if metrics:
-        lines += ["", "## Measured", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n", ignore_metadata_errors=True).save(path)
-    return path
 
 
 def _length_lines(model: PreTrainedModel, drops: bool) -> list[str]:

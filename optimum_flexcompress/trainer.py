@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
 
 from .configuration import FlexCompressConfig
@@ -16,6 +17,7 @@ from .methods.base import PrepareContext, Step
 from .methods.groups import GROUP_KEY, MethodGroups
 from .methods.runner import LossScale, MethodRunner
 from .methods.teacher import unwrap_peft
+from .model_card import write_model_card
 
 
 logger = logging.getLogger(__name__)
@@ -98,9 +100,11 @@ class FlexCompressMixin:
                 "Compression methods do not run under DeepSpeed or FSDP, which shard the modules they look into: use "
                 "`accelerate launch` with plain data parallelism."
             )
-        if self.args.torch_compile:
+        # The launcher can ask for compilation too, past the training arguments.
+        if self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
             raise FlexCompressError(
-                "Compression methods act through hooks, which a compiled model does not call: leave torch_compile out."
+                "Compression methods act through hooks, which a compiled model does not call: leave torch_compile out "
+                "(and --dynamo_backend, where `accelerate launch` sets it)."
             )
         if self.args.gradient_checkpointing:
             self._use_non_reentrant(self.args.gradient_checkpointing_kwargs or {})
@@ -279,15 +283,21 @@ class FlexCompressMixin:
             if self.args.should_save:
                 runner.save(output_dir)
             return None
-        if not (runner.restructures and self.is_in_train):
-            return super().save_model(output_dir, _internal_call)
-        # Asked for in the middle of training, which goes on with the model as it is.
         model = self.model
-        self.model = runner.finalize(copy.deepcopy(model))
+        if runner.restructures and self.is_in_train:
+            # Asked for in the middle of training, which goes on with the model as it is.
+            self.model = runner.finalize(copy.deepcopy(model))
         try:
-            return super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call)
+            if self.args.should_save:
+                self._write_card(output_dir if output_dir is not None else self.args.output_dir)
         finally:
             self.model = model
+
+    def _write_card(self, folder: str) -> None:
+        saved = unwrap_peft(self.model)
+        methods = [method.method_type for method in self.compression_config.methods]
+        write_model_card(folder, saved, methods=methods, base_model=saved.config._name_or_path or None)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

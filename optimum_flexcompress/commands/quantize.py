@@ -99,9 +99,7 @@ optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv
         if args.calibration is not None:
             options["calibration_method"] = args.calibration
 
-        from optimum_flexcompress.quantization.targets import find_target
-
-        target = find_target(args.target, args.mode).name
+        target = backend.find_target(args.target, args.mode).name
         columns = read_columns(args.columns)
         examples = self._examples(columns) if args.mode == "static" else None
 

@@ -82,7 +82,11 @@ def find_attentions(graph: Graph) -> tuple[list[Attention], dict[str, str]]:
             try:
                 found.append(_match(graph, node))
             except NotFusable as error:
-                reasons[node.name] = str(error)
+                reasons[node.name or node.output[0]] = str(error)
+    names = [item.name for item in found]
+    for item in found:
+        if names.count(item.name) > 1:
+            item.name = item.softmax.output[0]
     return found, reasons
 
 
@@ -108,7 +112,7 @@ def _match(graph: Graph, softmax: NodeProto) -> Attention:
     if tuple(attribute(transpose, "perm")) != SPLIT_HEADS:
         raise NotFusable("its heads are joined in an unusual way")
     output = _only_reader(graph, transpose.output[0], "Reshape").output[0]
-    name = softmax.name.strip("/").rsplit("/", 1)[0] or softmax.name
+    name = (softmax.name or softmax.output[0]).strip("/").rsplit("/", 1)[0]
     return Attention(name, softmax, query, key, value, output, split_query, mask, factors)
 
 
@@ -191,11 +195,8 @@ def measure(graph: Graph, attentions: list[Attention], feeds: list[Feeds]) -> di
     ]
     names += [name for item in attentions for name in (*item.factors[1], *([item.mask] if item.mask else []))]
     computed = [name for name in names if name not in graph.initializers and name not in graph.inputs]
-    runs = []
-    for inputs in feeds:
-        run = values_of(graph.model, computed, inputs)
-        run.update({name: graph.constant(name) for name in names if name in graph.initializers})
-        runs.append({**run, **inputs})
+    constants = {name: graph.constant(name) for name in names if name in graph.initializers}
+    runs = [{**run, **constants, **inputs} for run, inputs in zip(values_of(graph.model, computed, feeds), feeds)]
     reasons = {}
     for item in list(attentions):
         try:

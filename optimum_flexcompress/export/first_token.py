@@ -41,7 +41,8 @@ def _sink(graph: Graph, gather: NodeProto, feeds: Feeds) -> bool:
     inner = _inner_nodes(graph, gather)
     tensors = [name for node in inner for name in _token_inputs(graph, node)] + [gather.input[0]]
     computed = [name for name in tensors if name not in graph.inputs]
-    shapes = {name: value.shape for name, value in values_of(graph.model, computed, feeds).items()}
+    (values,) = values_of(graph.model, computed, [feeds])
+    shapes = {name: value.shape for name, value in values.items()}
     batch, length = shapes[gather.input[0]][:2]
     if any(len(shape) != 3 or shape[:2] not in ((batch, length), (1, length)) for shape in shapes.values()):
         return False

@@ -13,7 +13,7 @@ from ..errors import FlexCompressError
 from .attention import find_attentions, fuse, measure
 from .first_token import keep_first_token
 from .graph import Graph, has_subgraphs, load_model, save_model
-from .probe import Feeds, can_probe, largest_difference, made_up_feeds
+from .probe import Feeds, Reference, can_probe, made_up_feeds
 
 
 logger = logging.getLogger(__name__)
@@ -60,18 +60,18 @@ def fuse_graph(model: ModelProto, config: PretrainedConfig | None = None) -> tup
     feeds = probing_feeds(model, config)
     attentions, report.left = find_attentions(Graph(model))
     names = [item.name for item in attentions]
-    names = [name for name in names if names.count(name) == 1]
-    fused = _with_attentions(model, names, feeds, report)
+    reference = Reference(model, feeds)
+    fused = _with_attentions(model, names, reference, report)
     if fused is None:
-        good = [name for name in names if _with_attentions(model, [name], feeds, report) is not None]
-        fused = _with_attentions(model, good, feeds, report) or model
+        good = [name for name in names if _with_attentions(model, [name], reference, report) is not None]
+        fused = _with_attentions(model, good, reference, report) or model
     for name, reason in report.left.items():
         logger.info("Attention %s is not fused: %s.", name, reason)
     graph = Graph(_copy(fused))
     first_token = keep_first_token(graph, feeds[0])
     _sum_residuals(graph)
     candidate = graph.write()
-    if largest_difference(candidate, model, feeds) <= TOLERANCE:
+    if reference.difference(candidate) <= TOLERANCE:
         report.first_token_only = first_token
         return candidate, report
     logger.warning("The last layer is not cut to its first token: that would change the outputs.")
@@ -79,18 +79,18 @@ def fuse_graph(model: ModelProto, config: PretrainedConfig | None = None) -> tup
 
 
 def _with_attentions(
-    model: ModelProto, names: list[str], feeds: list[Feeds], report: FusionReport
+    model: ModelProto, names: list[str], reference: Reference, report: FusionReport
 ) -> ModelProto | None:
     """The model with the named attentions fused, or None if that changes what it computes."""
     if not names:
         return model
     graph = Graph(_copy(model))
     attentions = [item for item in find_attentions(graph)[0] if item.name in names]
-    report.left.update(measure(graph, attentions, feeds))
+    report.left.update(measure(graph, attentions, reference.feeds))
     for item in attentions:
         fuse(graph, item)
     fused = graph.write()
-    difference = largest_difference(fused, model, feeds)
+    difference = reference.difference(fused)
     if difference > TOLERANCE:
         if len(names) == 1:
             report.left[names[0]] = f"fusing it changes the outputs by {difference:.1e}"

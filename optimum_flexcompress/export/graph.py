@@ -84,7 +84,8 @@ class Graph:
             Its name, made unique from `base`.
         """
         name = self.unique_name(base)
-        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        # np.ascontiguousarray would turn a scalar into a vector.
+        self.initializers[name] = numpy_helper.from_array(np.array(value, order="C"), name)
         return name
 
     def add_node(

@@ -120,16 +120,16 @@ def _axis_size(name: str, scale: int, image_size: int) -> int:
     return total
 
 
-def values_of(model: ModelProto, tensors: Iterable[str], feeds: Feeds) -> dict[str, np.ndarray]:
+def values_of(model: ModelProto, tensors: Iterable[str], feeds: Iterable[Feeds]) -> list[dict[str, np.ndarray]]:
     """Runs a model and returns inner tensors.
 
     Args:
         model: The model; unchanged.
         tensors: Names of tensors of its main graph.
-        feeds: The inputs.
+        feeds: The inputs of each run.
 
     Returns:
-        The values, by name.
+        For each run the values, by name.
     """
     tensors = list(dict.fromkeys(tensors))
     probe = ModelProto()
@@ -137,21 +137,39 @@ def values_of(model: ModelProto, tensors: Iterable[str], feeds: Feeds) -> dict[s
     known = {value.name for value in probe.graph.output}
     probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors if name not in known)
     session = open_session(probe, optimize=False)
-    return dict(zip(tensors, session.run(tensors, feeds)))
+    return [dict(zip(tensors, session.run(tensors, inputs))) for inputs in feeds]
+
+
+class Reference:
+    """What a model computes, to compare rewritten versions of it with.
+
+    Args:
+        model: The model.
+        feeds: The inputs of each run.
+    """
+
+    def __init__(self, model: ModelProto, feeds: Iterable[Feeds]):
+        self.feeds = list(feeds)
+        session = open_session(model)
+        self.outputs = [session.run(None, inputs) for inputs in self.feeds]
+
+    def difference(self, model: ModelProto) -> float:
+        """Largest difference of any output, relative to the largest magnitude of that output, at least 1."""
+        session = open_session(model)
+        worst = 0.0
+        for inputs, expected in zip(self.feeds, self.outputs):
+            for ours, theirs in zip(session.run(None, inputs), expected):
+                if ours.shape != theirs.shape or not np.isfinite(ours).all():
+                    return float("inf")
+                if ours.size:
+                    scale = max(1.0, float(np.abs(theirs).max()))
+                    worst = max(worst, float(np.abs(ours - theirs).max()) / scale)
+        return worst
 
 
 def largest_difference(model: ModelProto, reference: ModelProto, feeds: Iterable[Feeds]) -> float:
-    """Largest difference of any output of two models, relative to the largest magnitude of that output, at least 1."""
-    session, expected = open_session(model), open_session(reference)
-    worst = 0.0
-    for inputs in feeds:
-        for ours, theirs in zip(session.run(None, inputs), expected.run(None, inputs)):
-            if ours.shape != theirs.shape or not np.isfinite(ours).all():
-                return float("inf")
-            if ours.size:
-                scale = max(1.0, float(np.abs(theirs).max()))
-                worst = max(worst, float(np.abs(ours - theirs).max()) / scale)
-    return worst
+    """See [`Reference.difference`]."""
+    return Reference(reference, feeds).difference(model)
 
 
 def same_constant(values: Iterable[Mapping[str, np.ndarray]], name: str) -> float | None:

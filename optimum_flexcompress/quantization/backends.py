@@ -17,6 +17,8 @@ class Backend:
     Attributes:
         name: What the user types.
         description: For people.
+        target_function: `module:function`, called with a target and a mode; refuses what the runtime does not have, and
+            returns the target as an object with a `name` (`auto` resolved).
         function: `module:function`. It is called as [`optimum_flexcompress.quantization.quantize_folder`] is, with the
             model, the output folder, `mode`, `target` and the keyword arguments after those, refuses what it does not
             know with a `FlexCompressError`, and returns an object with `path` and `summary()`. Its module is imported
@@ -25,18 +27,35 @@ class Backend:
 
     name: str
     description: str
+    target_function: str
     function: str
 
     @property
+    def find_target(self) -> Callable[[str, str], Any]:
+        """What checks a target and a mode, before any long work."""
+        return _load(self.target_function)
+
+    @property
     def quantize(self) -> Callable[..., Any]:
-        """The function."""
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)
+        """What makes the int8 model."""
+        return _load(self.function)
+
+
+def _load(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 BACKENDS = {
     backend.name: backend
-    for backend in (Backend("ort", "ONNX Runtime", "optimum_flexcompress.quantization.folder:quantize_folder"),)
+    for backend in (
+        Backend(
+            "ort",
+            "ONNX Runtime",
+            "optimum_flexcompress.quantization.targets:find_target",
+            "optimum_flexcompress.quantization.folder:quantize_folder",
+        ),
+    )
 }
 
 

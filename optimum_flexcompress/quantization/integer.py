@@ -21,8 +21,9 @@ from .weights import quantize_symmetric, unsigned_range
 
 
 Range = tuple[float, float]
-# Smaller tables save nothing, and T5 keeps its 32 position biases in one.
+# Smaller tables save nothing. T5 keeps its position biases, which are scores and no vectors, in one of 32 rows.
 MIN_TABLE_ROWS = 48
+MIN_TABLE_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ class _Writer:
             self.uses[product.source] = self.uses.get(product.source, 0) + 1
 
     def _constant(self, name: str, value: np.ndarray) -> str:
-        self.home.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        # np.ascontiguousarray would turn a scalar into a vector.
+        self.home.initializer.append(numpy_helper.from_array(np.array(value, order="C"), name))
         return name
 
     def _add(self, op_type: str, inputs: list[str], outputs: list[str], name: str, domain: str = "", **kwargs) -> None:
@@ -269,7 +271,9 @@ class _Writer:
         if node.op_type != "Gather" or not self.options.embeddings or node.name in self.options.exclude:
             return False
         table = self.scope.matrix(node.input[0])
-        if table is None or attribute(node, "axis", 0) != 0 or table.dims[0] < MIN_TABLE_ROWS:
+        if table is None or attribute(node, "axis", 0) != 0:
+            return False
+        if table.dims[0] < MIN_TABLE_ROWS or table.dims[1] < MIN_TABLE_COLUMNS:
             return False
         key = (node.input[0], False)
         if key not in self.rounded:

@@ -43,6 +43,11 @@ class RecipeResult:
     seconds: float = 0.0
 
 
+def say_at_once(line: str) -> None:
+    """Prints a line so that it keeps its place among the progress bars, also in a log file."""
+    print(line, flush=True)
+
+
 def run_recipe(
     recipe: Recipe,
     model: str,
@@ -51,7 +56,7 @@ def run_recipe(
     output: str | Path,
     *,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say_at_once,
 ) -> RecipeResult:
     """Compresses `model` by `recipe`.
 

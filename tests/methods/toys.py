@@ -23,6 +23,8 @@ from transformers import (
     ViTConfig,
 )
 
+from optimum_flexcompress import DistillationConfig, FlexCompressConfig, FlexCompressTrainer, MiniLMConfig
+
 
 VOCABULARY = 64
 
@@ -192,3 +194,32 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
 
 def twin(model):
     return copy.deepcopy(model)
+
+
+EVERY_TERM = [
+    DistillationConfig(hidden_states_weight=0.7, attention_weight=0.3, logits_weight=0.9),
+    MiniLMConfig(relation_heads=4),
+]
+
+
+def train(folder, student, teacher, data, methods, trainer_class=FlexCompressTrainer, resume=None, **kwargs):
+    """Trains with the methods; keyword arguments are those of `arguments` or of the trainer."""
+    extra = {name: kwargs.pop(name) for name in ("callbacks", "eval_dataset", "compute_loss_func") if name in kwargs}
+    trainer = trainer_class(
+        model=student,
+        teacher_model=teacher,
+        args=arguments(folder, **kwargs),
+        train_dataset=data,
+        compression_config=FlexCompressConfig(methods=copy.deepcopy(methods)),
+        **extra,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logs_of(trainer, timing=("runtime", "per_second")):
+    """The log history without what differs from run to run."""
+    return [
+        {key: value for key, value in entry.items() if not any(word in key for word in timing)}
+        for entry in trainer.state.log_history
+    ]

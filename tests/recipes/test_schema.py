@@ -93,8 +93,8 @@ def test_everything_that_was_resolved_is_in_the_dictionary():
         ("seed: 7", "sed: 7", 'line 2: unknown key "sed". Did you mean "seed"?'),
         ("  distill:", "  distil:", 'line 9: there is no stage type "distil". Did you mean "distill"?'),
         ("epochs: 2", "epochs: two", "line 7: stages.finetune.epochs must be a number, not 'two'"),
-        ("epochs: 2", "epochs: -2", "line 7: stages.finetune: epochs must be greater than 0, not -2"),
-        ("epochs: 2", "epochs: .nan", "line 7: stages.finetune: epochs must be greater than 0, not nan"),
+        ("epochs: 2", "epochs: -2", "line 7: stages.finetune: epochs must be greater than 0 and finite, not -2"),
+        ("epochs: 2", "epochs: .nan", "line 7: stages.finetune: epochs must be greater than 0 and finite, not nan"),
         (
             "teacher: finetune",
             "teacher: finetun",

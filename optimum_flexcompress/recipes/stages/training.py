@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ class TrainingSettings:
 
     def __post_init__(self):
         for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise FlexCompressError(f"{name} must be greater than 0, not {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise FlexCompressError(f"{name} must be greater than 0 and finite, not {getattr(self, name)}.")
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "checkpoints"):
             if getattr(self, name) < 1:
                 raise FlexCompressError(f"{name} must be at least 1, not {getattr(self, name)}.")
