@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.utils.data
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
 
 from .configuration import FlexCompressConfig
@@ -31,6 +34,7 @@ class _MethodCallback(TrainerCallback):
         self._trainer._groups.zero_grad()
         self._trainer._runner.reset_logs()
         self._trainer._logged_step = state.global_step
+        self._trainer._runner.start(state.max_steps)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer = self._trainer
@@ -42,7 +46,10 @@ class _MethodCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._trainer._groups.zero_grad()
-        self._trainer._runner.on_step(state.global_step, state.max_steps)
+        runner = self._trainer._runner
+        runner.on_step(state.global_step, state.max_steps)
+        for name in runner.checkpoints_due(state.global_step, state.max_steps):
+            self._trainer.save_model(os.path.join(args.output_dir, name))
 
 
 class FlexCompressMixin:
@@ -160,6 +167,26 @@ class FlexCompressMixin:
             self.accelerator._models.clear()
             self._runner.prepared_for = None
             self.optimizer, self.lr_scheduler = None, None
+
+    def get_train_dataloader(self):
+        share = 1.0 if self._runner is None else self._runner.data_share()
+        if share == 1.0 or self.train_dataset is None:
+            return super().get_train_dataloader()
+        whole = self.train_dataset
+        self.train_dataset = _some_of(whole, share, self.args.data_seed or self.args.seed)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = whole
+
+    def set_initial_training_values(self, args, dataloader, total_train_batch_size):
+        values = super().set_initial_training_values(args, dataloader, total_train_batch_size)
+        max_steps = values[-1]
+        if self._runner is None or args.max_steps > 0 or max_steps >= self._runner.least_steps():
+            return values
+        args = copy.copy(args)
+        args.max_steps = self._runner.least_steps()
+        return super().set_initial_training_values(args, dataloader, total_train_batch_size)
 
     def create_optimizer(self):
         given = self.optimizer is not None
@@ -279,11 +306,14 @@ class FlexCompressMixin:
             return super().save_model(output_dir, _internal_call)
         # Asked for in the middle of training, which goes on with the model as it is.
         model = self.model
-        self.model = runner.finalize(copy.deepcopy(model))
+        # Without its hooks, which would drag the teacher along.
+        runner.detach()
         try:
+            self.model = runner.finalize(copy.deepcopy(model))
             return super().save_model(output_dir, _internal_call)
         finally:
             self.model = model
+            runner.attach()
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -294,6 +324,24 @@ class FlexCompressMixin:
         super()._load_best_model()
         if self._runner is not None:
             self._runner.load(self.state.best_model_checkpoint)
+
+
+def _some_of(dataset: Any, share: float, seed: int) -> Any:
+    """A share of a data set, chosen by a seed.
+
+    Raises:
+        FlexCompressError: The data set has no length.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise FlexCompressError(
+            f"{type(dataset).__name__} has no length, so no share of it can be taken: pass a data set that is no "
+            "stream, or take the share yourself and set data_fraction=1."
+        )
+    count = max(round(share * len(dataset)), 1)
+    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    if hasattr(dataset, "select"):
+        return dataset.select(indices.tolist())
+    return torch.utils.data.Subset(dataset, indices.tolist())
 
 
 class FlexCompressTrainer(FlexCompressMixin, Trainer):

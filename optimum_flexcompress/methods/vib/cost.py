@@ -231,4 +231,3 @@ def macs_cost(view: ModelView, layout: MaskLayout, sequence_length: int | None =
         cost.unit[index] = 2 * part.width * query * key
     cost.constant, cost.hidden, cost.hidden_squared = rows.outside
     return cost.finish()
-
