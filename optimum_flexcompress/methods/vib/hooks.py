@@ -23,12 +23,14 @@ class Applied:
     Attributes:
         values: Means in training, and what is kept of them in evaluation, `[size]`.
         sigma: Standard deviations of the noise, `[size]`; `None` for none.
-        hidden: Indicator of the dims of the residual stream, `[hidden size]`.
+        keep: Indicator of what is kept, with its gradient in training, `[size]`.
+        hidden: That of the dims of the residual stream, `[hidden size]`.
         counts: What is left of every sub-layer.
     """
 
     values: torch.Tensor
     sigma: torch.Tensor | None
+    keep: torch.Tensor
     hidden: torch.Tensor
     counts: Counts
 
@@ -108,13 +110,13 @@ class MaskHooks:
         masks = self.masks
         keep = masks.keep(self.beta)
         values = torch.where(masks.active, masks.mu, 1.0)
-        return Applied(values, masks.sigma(), keep[: masks.layout.hidden], masks.counts(keep))
+        return Applied(values, masks.sigma(), keep, keep[: masks.layout.hidden], masks.counts(keep))
 
     @torch.no_grad()
     def _hard(self) -> Applied:
         masks = self.masks
         keep = (masks.scores() > 0).to(masks.mu.dtype)
-        return Applied(masks.evaluation_values(), None, keep[: masks.layout.hidden], masks.counts(keep))
+        return Applied(masks.evaluation_values(), None, keep, keep[: masks.layout.hidden], masks.counts(keep))
 
     # Hooks
 

@@ -13,6 +13,8 @@ STEPS_PER_LEARNING_RATE = 5.0
 """Masks need about this many steps divided by their learning rate: they start nine nats from the threshold, and Adam
 moves mean and log variance by one learning rate per step at most."""
 
+LOOKAHEAD_PER_LEARNING_RATE = 0.5
+
 FINAL_RATE = 0.1
 """Factor of the masks' learning rate at the end of the hold."""
 
@@ -42,6 +44,7 @@ class Schedule:
         halts: The halts of the ramp and, as the last one, the hold at the target.
         fold: The step at whose end masks are folded.
         steps: Steps of the run.
+        lookahead: Steps that a mask which is pushed takes to the threshold, about.
     """
 
     target: float
@@ -49,6 +52,7 @@ class Schedule:
     halts: tuple[Halt, ...]
     fold: int
     steps: int
+    lookahead: int
 
     @classmethod
     def of(cls, config: VIBPruningConfig, target: float, levels: list[float], steps: int) -> Schedule:
@@ -75,7 +79,8 @@ class Schedule:
             )
         ramp = max(round(config.ramp_fraction * steps), 1)
         hold = max(masks - warmup - ramp, 0)
-        return cls(target, warmup, _halts(target, levels, warmup, ramp, hold), masks, steps)
+        lookahead = round(LOOKAHEAD_PER_LEARNING_RATE / config.mask_learning_rate)
+        return cls(target, warmup, _halts(target, levels, warmup, ramp, hold), masks, steps, lookahead)
 
     def sparsity(self, step: int) -> float:
         """The sparsity that is wanted in a step, counted from 0."""
@@ -87,6 +92,17 @@ class Schedule:
                 return level + (halt.sparsity - level) * (step - begin) / (halt.start - begin)
             level, begin = halt.sparsity, halt.stop
         return level
+
+    def pressure(self, step: int) -> float:
+        """The sparsity for which the constraint pushes in a step, ahead of the one that is wanted then."""
+        for halt in self.halts:
+            if step < halt.stop:
+                return self.sparsity(min(step + self.lookahead, halt.stop - 1))
+        return self.target
+
+    def holds(self, step: int) -> bool:
+        """Whether a step lies in the hold at the target."""
+        return step >= self.halts[-1].start
 
     def learning_rate(self, step: int) -> float:
         """Factor of the masks' learning rate: 1 until the hold begins, then falling."""
