@@ -126,7 +126,7 @@ def test_evaluation_is_the_finalised_model(family, name):
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "bart", "vit"])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_training_differs_in_the_noise_alone(family, per_token):
-    model = build(family, {name: cls for name, cls in ALL}[family])
+    model = build(family, dict(ALL)[family])
     masks = random_masks(model, seed=3)
     layout = masks.layout
     with torch.no_grad():
