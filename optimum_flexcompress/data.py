@@ -103,7 +103,7 @@ def take(dataset: Dataset, count: int | None, seed: int = 42) -> Dataset:
 
 
 def _name(spec: str | os.PathLike | Dataset | DatasetDict) -> str:
-    return "the data set" if isinstance(spec, (Dataset, DatasetDict)) else str(spec)
+    return "the data set" if isinstance(spec, Dataset | DatasetDict) else str(spec)
 
 
 def _split_of(name: str) -> str | None:

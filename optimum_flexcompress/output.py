@@ -61,10 +61,7 @@ def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
     path = check_output_folder(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
-    # mkdtemp makes the folder private; the result should have the permissions of an ordinary new folder.
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)
+    temporary.chmod(_ordinary_permissions(0o777))
     try:
         yield temporary
         old = None
@@ -83,6 +80,13 @@ def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _ordinary_permissions(mode: int) -> int:
+    """What a new file or folder would get; those that `tempfile` makes are private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return mode & ~umask
+
+
 def write_text_atomically(path: str | os.PathLike, text: str) -> None:
     """Writes `text` to the file `path` by way of a temporary sibling, so that a reader never sees half of it."""
     path = Path(path)
@@ -90,6 +94,7 @@ def write_text_atomically(path: str | os.PathLike, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(temporary, _ordinary_permissions(0o666))
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -25,7 +25,8 @@ from .errors import FlexCompressError
 
 PACKED = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 INTEGER = re.compile(r"-?(0|[1-9]\d*)")
-NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+# Leading zeros make a code, not a number: 007 stays text.
+NUMBER = re.compile(r"-?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 
 def split_ending(path: str | Path) -> tuple[str, str]:

@@ -105,6 +105,10 @@ class FlexCompressMixin:
                 "Compression methods do not run under DeepSpeed or FSDP, which shard the modules they look into: use "
                 "`accelerate launch` with plain data parallelism."
             )
+        if self.args.torch_compile:
+            raise FlexCompressError(
+                "Compression methods act through hooks, which a compiled model does not call: leave torch_compile out."
+            )
         if self.args.gradient_checkpointing:
             self._use_non_reentrant(self.args.gradient_checkpointing_kwargs or {})
 

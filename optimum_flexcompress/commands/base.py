@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Iterable
 from typing import NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand
@@ -91,6 +92,23 @@ class FlexCompressCommand(BaseOptimumCLICommand):
             raise error
         print(f"error: {message}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
+
+
+def read_columns(arguments: Iterable[str]) -> dict[str, str]:
+    """`--columns text=question label=intent` as a dictionary.
+
+    Raises:
+        FlexCompressError: One of them is not ROLE=NAME.
+    """
+    from optimum_flexcompress.errors import FlexCompressError
+
+    columns = {}
+    for argument in arguments:
+        role, equals, name = argument.partition("=")
+        if not (role and equals and name):
+            raise FlexCompressError(f"--columns {argument}: write it as ROLE=NAME, such as text=question.")
+        columns[role] = name
+    return columns
 
 
 def describe_parser(parser: ArgumentParser, help_text: str, examples: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand
+from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
 
 
 class BenchmarkCommand(FlexCompressCommand):
@@ -114,16 +114,9 @@ optimum-cli flexcompress benchmark student --baseline teacher --dataset reviews.
         import os
         import sys
 
-        from optimum_flexcompress.errors import FlexCompressError
         from optimum_flexcompress.evaluation import run_benchmark
 
         args = self.args
-        columns = {}
-        for column in args.columns:
-            role, equals, name = column.partition("=")
-            if not (role and equals and name):
-                raise FlexCompressError(f"--columns takes ROLE=NAME, such as text=review, not {column!r}.")
-            columns[role] = name
         report = run_benchmark(
             args.models,
             baseline=args.baseline,
@@ -131,7 +124,7 @@ optimum-cli flexcompress benchmark student --baseline teacher --dataset reviews.
             data=args.dataset,
             output=args.output,
             split=args.split,
-            columns=columns,
+            columns=read_columns(args.columns),
             max_length=args.max_length,
             max_samples=args.max_samples,
             batch_sizes=args.batch_sizes,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand
+from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
 
 
 class CompressCommand(FlexCompressCommand):
@@ -71,16 +72,12 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
             if getattr(args, option) is None:
                 self.parser.error(f"--{option} is needed (see --help)")
 
-        from optimum_flexcompress.errors import FlexCompressError
         from optimum_flexcompress.recipes import load_recipe, run_recipe
 
         overrides = list(args.overrides)
-        for column in args.columns:
-            role, equals, name = column.partition("=")
-            if not equals or not role or not name:
-                raise FlexCompressError(f"--columns {column}: write it as role=name, such as text=question.")
+        for role, name in read_columns(args.columns).items():
             # JSON strings are YAML strings: a column called `1` or `null` stays text.
-            overrides.append(f"data.columns.{role}={_quoted(name)}")
+            overrides.append(f"data.columns.{role}={json.dumps(name)}")
         recipe = load_recipe(args.recipe, overrides)
         self._quieten()
         run_recipe(recipe, args.model, args.dataset, args.task, args.output, overwrite=args.overwrite)
@@ -96,12 +93,10 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
         # the variable, or asks for --debug, gets them.
         if self.args.debug or "TRANSFORMERS_VERBOSITY" in os.environ:
             return
+        import warnings
+
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-
-
-def _quoted(text: str) -> str:
-    import json
-
-    return json.dumps(text)
+        # Said at every checkpoint on some file systems; the Trainer then goes by the numbers in the names.
+        warnings.filterwarnings("ignore", message="mtime may not be reliable")

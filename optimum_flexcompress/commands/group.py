@@ -6,9 +6,10 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.flexcompress.base import describe_parser
 from optimum.commands.flexcompress.benchmark import BenchmarkCommand
 from optimum.commands.flexcompress.compress import CompressCommand
+from optimum.commands.flexcompress.quantize import QuantizeCommand
 
 
-_COMMANDS = (CompressCommand, BenchmarkCommand)
+_COMMANDS = (CompressCommand, QuantizeCommand, BenchmarkCommand)
 
 
 class FlexCompressGroupCommand(BaseOptimumCLICommand):

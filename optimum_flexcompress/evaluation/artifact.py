@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from ..errors import FlexCompressError
 from ..tasks import get_task, infer_task
-from ..tasks.base import Task, load_pretrained
+from ..tasks.base import Task, load_pretrained, set_padding
 from .cost import ONNX_ENDINGS, PYTORCH_ENDINGS, weight_files
 
 
@@ -209,6 +209,7 @@ def _open_onnx(path: Path, task: Task, threads: int | None, options: dict[str, A
             f"for example {graphs[0]}."
         )
     model = load_pretrained(task.ort_class, folder, session_options=session_options, **options)
+    set_padding(model)
     names = getattr(model, "input_names", None)
     inputs = frozenset(names) if names and not task.generation and task.name != "text-generation" else None
     precision = "int8" if any(is_int8(graph) for graph in graphs) else _float_type(graphs[0])

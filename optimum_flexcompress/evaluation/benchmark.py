@@ -23,7 +23,7 @@ from ..tasks.labels import names_of_model
 from .artifact import Artifact, open_artifact
 from .compare import compare_predictions
 from .cost import count_macs, count_parameters, file_size, skeleton
-from .environment import environment_info
+from .environment import busy_cores, environment_info
 from .evaluate import Evaluation, evaluate_artifact, stream_batches
 from .inputs import example_batch
 from .memory import measure_peak_memory
@@ -110,7 +110,10 @@ def run_benchmark(
         artifacts = {name: open_artifact(path, task, threads=threads) for name, path in paths.items()}
         prepared, split = _prepare(artifacts[baseline], task, data, split, columns, max_length, max_samples)
         check_same_inputs(artifacts, baseline)
-        _limit_lengths(artifacts, lengths, task)
+        for artifact in artifacts.values():
+            # Fails now, before the long work, where a length could not be timed.
+            longest = max(lengths) + (new_tokens if task.name == "text-generation" else 0)
+            example_batch(artifact.config, task, 1, longest)
 
         evaluations = _evaluate(artifacts, baseline, prepared, eval_batch_size, new_tokens, progress)
         results = {
@@ -127,6 +130,7 @@ def run_benchmark(
                         result.metrics[prepared.main_metric] - results[baseline].metrics[prepared.main_metric]
                     )
 
+        busy = busy_cores()
         timing = {"rounds": rounds, "max_seconds": max_seconds, "threads": threads, "progress": progress}
         for shape, batch_size, length in timed_shapes(task, batch_sizes, lengths, new_tokens):
             timings = time_shape(artifacts, batch_size, length, new_tokens, shape, timing)
@@ -159,7 +163,7 @@ def run_benchmark(
             greater_is_better=prepared.greater_is_better,
             baseline=baseline,
             models=[results[baseline], *(result for name, result in results.items() if name != baseline)],
-            environment=environment_info(threads),
+            environment={**environment_info(threads), "busy_cores": busy},
             settings={
                 "max_length": max_length or task.default_max_length,
                 "max_samples": max_samples or "all",
@@ -239,12 +243,6 @@ def _prepare(
             f"{artifact.config.num_labels}: benchmark a model that was trained for this data set."
         )
     return prepared, split
-
-
-def _limit_lengths(artifacts: Mapping[str, Artifact], lengths: Sequence[int], task: Task) -> None:
-    """Fails before the long work where a length could not be timed."""
-    for artifact in artifacts.values():
-        example_batch(artifact.config, task, 1, max(lengths))
 
 
 def _evaluate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ INT8_FLAGS = (
     "asimddp",
     "i8mm",
 )
+# From this many cores on, what other processes take shows in the figures.
+BUSY = 0.3
 PACKAGES = (
     "optimum-flexcompress",
     "torch",
@@ -77,7 +80,37 @@ def describe_environment(info: dict[str, Any]) -> str:
         f"{name} {versions[name]}" for name in ("torch", "transformers", "onnxruntime") if name in versions
     )
     flags = " ".join(info["flags"]) or "no int8 instruction sets found"
-    return f"{info['cpu']} ({info['usable_cores']} cores; {flags}), {info['threads']} threads; {named}"
+    text = f"{info['cpu']} ({info['usable_cores']} cores; {flags}), {info['threads']} threads; {named}"
+    if (info.get("busy_cores") or 0.0) > BUSY:
+        text += (
+            f". Other processes kept {info['busy_cores']:.1f} cores busy before the timing began: times and speed-ups "
+            "are not to be relied on"
+        )
+    return text
+
+
+def busy_cores(seconds: float = 0.5) -> float | None:
+    """How many cores other processes keep busy, looked at while this one waits.
+
+    Args:
+        seconds: How long to look.
+
+    Returns:
+        Cores' worth of time, 0 on an idle machine; None where the system does not tell.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+
+    def ticks() -> tuple[int, int]:
+        values = [int(value) for value in stat.read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
+        return sum(values), values[3] + values[4]  # all, and idle or waiting for the disk
+
+    before = ticks()
+    time.sleep(seconds)
+    after = ticks()
+    total = after[0] - before[0]
+    return (os.cpu_count() or 1) * (1 - (after[1] - before[1]) / total) if total else None
 
 
 def _usable_cores() -> int:

@@ -14,6 +14,10 @@ from tqdm.auto import tqdm
 from ..errors import FlexCompressError
 
 
+# What torch's timer runs before each sample.
+UNTIMED_CALLS = 2
+
+
 @dataclass
 class Timing:
     """How long one call takes.
@@ -68,14 +72,14 @@ def measure_side_by_side(
 ) -> dict[str, Timing]:
     """Times callables in interleaved rounds with torch's benchmark timer.
 
-    Each round times every candidate once, starting with another one each time. Right before each sample the
-    candidate runs once untimed: the threads of a runtime keep spinning for a while after their last run, and the
-    caches hold the previous candidate's weights.
+    Each round times every candidate once, starting with another one each time. Right before each sample torch's timer
+    runs the candidate untimed (twice), which matters here: the threads of the previous candidate's runtime keep
+    spinning for a while after their last run, and the caches hold its weights.
 
     Args:
         candidates: Name -> what to time, called without arguments.
         rounds: Samples for each candidate, at least 3.
-        warmup: Untimed calls before the first round.
+        warmup: Calls before the first round, beside the timer's own; they tell how long a call takes.
         min_sample_seconds: Short calls are repeated within a sample until it takes about this long.
         max_seconds: Rough bound for the whole measurement; rounds are cut, but not below 3.
         threads: Threads for PyTorch; None keeps the present number. Sessions of ONNX Runtime have a number of their
@@ -99,11 +103,10 @@ def measure_side_by_side(
     }
     calls, once = {}, {}
     for name, timer in timers.items():
-        timer.timeit(max(warmup, 1))
-        once[name] = timer.timeit(1).mean
+        once[name] = timer.timeit(max(warmup, 1)).mean
         calls[name] = max(1, int(np.ceil(min_sample_seconds / once[name])))
     if max_seconds is not None:
-        one_round = sum(once[name] * (calls[name] + 1) for name in timers)
+        one_round = sum(once[name] * (calls[name] + UNTIMED_CALLS) for name in timers)
         rounds = max(3, min(rounds, int(max_seconds / one_round)))
 
     seconds: dict[str, list[float]] = {name: [] for name in timers}
@@ -111,6 +114,5 @@ def measure_side_by_side(
     for number in tqdm(range(rounds), desc=description, unit="round", leave=False, disable=not progress):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            timers[name].timeit(1)
             seconds[name].append(timers[name].timeit(calls[name]).mean)
     return {name: Timing.of(values, calls[name], threads) for name, values in seconds.items()}

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 from ..errors import FlexCompressError
+from .artifact import find_backend, open_artifact
+from .inputs import example_batch
 
 
 def measure_peak_memory(
@@ -38,8 +40,9 @@ def measure_peak_memory(
         libraries); and `model`, the difference, which is what the model itself needs.
 
     Raises:
-        FlexCompressError: The process failed; the message carries its last line.
+        FlexCompressError: There is no model, or the process failed; the message carries its last line.
     """
+    find_backend(path)  # what is no model is said here, before a process is started for it
     command = [sys.executable, "-m", __name__, str(path), "--task", task, "--batch-size", str(batch_size)]
     command += ["--length", str(length), "--max-new-tokens", str(max_new_tokens)]
     if threads is not None:
@@ -84,8 +87,6 @@ def _main() -> None:
     import torch
 
     from ..tasks import get_task
-    from .artifact import find_backend, open_artifact
-    from .inputs import example_batch
 
     task = get_task(arguments.task)
     # Everything that is imported on demand must be in before the starting point is read.
@@ -94,10 +95,16 @@ def _main() -> None:
         torch.set_num_threads(arguments.threads)
     imports = _resident()[0]
     artifact = open_artifact(arguments.path, task, threads=arguments.threads)
+    if artifact.backend == "pytorch":
+        # Weights are mapped from the file and become resident when first read: which rows of an embedding that are
+        # would depend on the batch and on the system's read-ahead.
+        for parameter in artifact.model.parameters():
+            parameter.detach().sum()
     batch = example_batch(artifact.config, task, arguments.batch_size, arguments.length)
     for _ in range(2):
         if arguments.max_new_tokens:
-            artifact.generate(batch, max_new_tokens=arguments.max_new_tokens, do_sample=False)
+            count = arguments.max_new_tokens
+            artifact.generate(batch, max_new_tokens=count, min_new_tokens=count, do_sample=False)
         else:
             artifact.forward(batch)
     peak = _resident()[1]

@@ -217,20 +217,20 @@ def _compare_with_pytorch(
 
 @contextlib.contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Undoes what the exporter does to a model: evaluation mode, and entries of its configuration."""
+    """Undoes what the exporter does to a model: evaluation mode, and entries of its configurations."""
     training = [module.training for module in model.modules()]
-    config, generation = copy.deepcopy(model.config.__dict__), None
-    if getattr(model, "generation_config", None) is not None:
-        generation = copy.deepcopy(model.generation_config.__dict__)
+    # Some stacks (T5) have a copy of the configuration, which the exporter changes too.
+    names = ("config", "generation_config")
+    configs = {id(getattr(m, name)): getattr(m, name) for m in model.modules() for name in names if hasattr(m, name)}
+    before = [(config, copy.deepcopy(config.__dict__)) for config in configs.values() if config is not None]
     try:
         yield
     finally:
         for module, mode in zip(model.modules(), training):
             module.training = mode
-        model.config.__dict__.clear()
-        model.config.__dict__.update(config)
-        if generation is not None:
-            model.generation_config.__dict__.update(generation)
+        for config, values in before:
+            config.__dict__.clear()
+            config.__dict__.update(values)
 
 
 @contextlib.contextmanager

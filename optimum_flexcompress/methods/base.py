@@ -130,7 +130,8 @@ class Step:
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator seeded by (seed, step, batch, name): what it draws is the same on all processes, and in a
-        run that was killed and resumed."""
+        run that was killed and resumed.
+        """
         key = f"{self.seed}/{self.global_step}/{self.micro_step}/{name}".encode()
         return torch.Generator().manual_seed(zlib.crc32(key))
 

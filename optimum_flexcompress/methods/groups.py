@@ -53,7 +53,8 @@ class MethodGroups:
 
     def average_gradients(self, processes: int) -> None:
         """What DDP does for the weights of the model; one message for all. A gradient that no process has stays
-        absent, so that the optimizer leaves the parameter alone, as in a run with one process."""
+        absent, so that the optimizer leaves the parameter alone, as in a run with one process.
+        """
         parameters = self.parameters()
         if processes == 1 or not parameters:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from transformers.utils import ModelOutput
 
 from ..configuration import FlexCompressConfig
 from ..errors import FlexCompressError
-from .base import FULL_PASS, CompressionMethod, LossTerm, Needs, PrepareContext, Step, create_method
+from .base import FULL_PASS, LossTerm, Needs, PrepareContext, Step, create_method
 from .capture import Capture, eager_attention
 from .teacher import Teacher, check_teacher
 
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "flexcompress_state.pt"
 """File in the trainer's checkpoints with what the methods have learned so far."""
@@ -92,6 +95,11 @@ class MethodRunner:
                 method.prepare(context)
                 method.modules.to(device)
         self._needs = _merge([method.needs for method in self.methods])
+        if self._needs.attentions:
+            logger.warning(
+                "Attention maps are compared: student and teacher attend eagerly in training steps, which is slower, "
+                "and dropout on the compared maps is off. Evaluation and the saved model keep their attention."
+            )
         self._capture = Capture(self._needs.student_projections)
         self._accepts = set(inspect.signature(context.model.forward).parameters)
         if self._needs.teacher:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import FlexCompressError
+from ..errors import FlexCompressError, UnsupportedArchitectureError
+from ..structure import count_parameters
 from .base import Needs, Step
 from .capture import Capture, eager_attention
 
@@ -36,6 +37,16 @@ def _vocabulary_size(model: PreTrainedModel) -> int | None:
     return getattr(config, "vocab_size", None)
 
 
+def _size(model: PreTrainedModel) -> int:
+    """Parameters without heads and poolers, which two models may differ in without one being the smaller."""
+    try:
+        counts = count_parameters(model)
+    except UnsupportedArchitectureError:
+        # Logits can be distilled between models of any family.
+        return sum(parameter.numel() for parameter in model.base_model.parameters())
+    return counts["embeddings"] + counts["prunable"]
+
+
 def check_teacher(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -56,10 +67,10 @@ def check_teacher(
     """
     if unwrap_peft(teacher) is unwrap_peft(student):
         raise FlexCompressError("teacher_model is the model that is trained: pass a copy of it (copy.deepcopy).")
-    sizes = [sum(p.numel() for p in model.base_model.parameters()) for model in (student, teacher)]
+    sizes = [_size(unwrap_peft(model)) for model in (student, teacher)]
     if sizes[0] > sizes[1]:
         raise FlexCompressError(
-            f"The student is bigger than its teacher ({sizes[0]:,} against {sizes[1]:,} parameters, heads aside): "
+            f"The student is bigger than its teacher ({sizes[0]:,} against {sizes[1]:,} parameters in embeddings and layers): "
             "swap model and teacher_model, or make a smaller student with make_student."
         )
     vocabularies = [_vocabulary_size(model) for model in (student, teacher)]

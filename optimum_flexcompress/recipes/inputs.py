@@ -96,7 +96,7 @@ def check_model_and_data(task: Task, model: str, inputs: Inputs, settings: DataS
         prepared = task.prepare(
             type(inputs.data)(trial),
             processor,
-            max_length=settings.max_length,
+            max_length=settings.max_length or task.default_max_length,
             columns=settings.columns,
             label_names=inputs.label_names,
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from ..errors import FlexCompressError
 from .fingerprint import digest, fingerprint
@@ -14,6 +18,10 @@ from .inputs import check_model_and_data, open_data
 from .schema import Recipe
 from .stages import INPUT, StageContext, StageSpec
 from .workspace import Manifest, Workspace
+
+
+# Bytes that may be left of a disk on which a write has just failed.
+_FULL = 8 << 20
 
 
 @dataclass
@@ -74,10 +82,10 @@ def run_recipe(
         )
     the_task = get_task(task)
     inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say)
-    sizes = check_model_and_data(the_task, model, inputs, recipe.data)
+    models = {INPUT: check_model_and_data(the_task, model, inputs, recipe.data)}
     for spec in recipe.stages:
         try:
-            spec.stage.check(sizes)
+            models[spec.name] = spec.stage.check(models)
         except FlexCompressError as error:
             raise FlexCompressError(f"stages.{spec.name}: {error}") from error
     run = _Run(
@@ -178,7 +186,16 @@ class _Run:
             self.context.name = spec.name
             self.context.output = folder
             self.context.scratch = self.workspace.scratch(spec.name, manifest.digest)
-            manifest.metrics = spec.stage.run(self.context)
+            try:
+                manifest.metrics = spec.stage.run(self.context)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                # Looked at before the half-written folder is removed, which makes room.
+                if disk_is_full(error, self.workspace.path):
+                    raise FlexCompressError(
+                        f"the disk of {self.workspace.path} is full: make room and run the same command again; the "
+                        "stages that finished are kept."
+                    ) from error
+                raise
             manifest.seconds = round(time.monotonic() - started, 1)
         self.workspace.clear_scratch(spec.name)
 
@@ -201,6 +218,21 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def disk_is_full(error: Exception, folder: Path) -> bool:
+    """Whether `error` comes from a full disk, whatever the library that met it makes of that.
+
+    Args:
+        error: What was raised.
+        folder: Lies on the disk that was written to.
+    """
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    # safetensors quotes the system; PyTorch's archive writer does not say why it failed.
+    if "No space left on device" in str(error):
+        return True
+    return "inline_container" in str(error) and shutil.disk_usage(folder).free < _FULL
 
 
 def _figures(metrics: dict[str, Any]) -> str:

@@ -99,7 +99,9 @@ class Workspace:
 
     def _remove_if_worthless(self) -> None:
         """Leaves nothing behind when neither a stage nor a checkpoint was completed."""
-        kept = any(self.path.glob(f"*/{MANIFEST}")) or any(self.path.glob(".scratch/*/checkpoint-*"))
+        kept = any(self.path.glob(f"*/{MANIFEST}")) or any(
+            self.path.glob(".scratch/*/checkpoint-*/trainer_state.json")
+        )
         if not kept:
             self.clear_scratch()
             (self.path / RUN_FILE).unlink(missing_ok=True)

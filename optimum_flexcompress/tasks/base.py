@@ -104,10 +104,7 @@ class Task:
             FlexCompressError: There is no model there, it is damaged, or its head has another size.
         """
         model = load_pretrained(self.auto_class, path, **kwargs)
-        if model.config.pad_token_id is None and model.config.eos_token_id is not None:
-            # The same stand-in that `load_processor` takes, so that model and tokenizer agree about padding.
-            eos = model.config.eos_token_id
-            model.config.pad_token_id = eos[0] if isinstance(eos, list | tuple) else eos
+        set_padding(model)
         return model
 
     def load_processor(self, path: str | os.PathLike) -> Any:
@@ -246,7 +243,20 @@ def load_pretrained(cls: Any, path: str | os.PathLike, **kwargs: Any) -> Any:
         ) from error
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not folder.is_dir() and isinstance(error, OSError):
+            raise FlexCompressError(
+                f"There is no folder {path} here, and no model of that name could be fetched from the Hub: check the "
+                f"path or the id ({reason.rstrip('.')})."
+            ) from error
         raise FlexCompressError(f"No {what} can be loaded from {path}: {reason}") from error
+
+
+def set_padding(model: Any) -> None:
+    """Gives a model without a padding token its end token for one, as [`Task.load_processor`] does with tokenizers."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None and getattr(config, "pad_token_id", None) is None:
+            eos = getattr(config, "eos_token_id", None)
+            config.pad_token_id = eos[0] if isinstance(eos, list | tuple) else eos
 
 
 def first_output(predictions: Any) -> np.ndarray:

@@ -35,7 +35,8 @@ def make_blocks(data: DatasetDict, column: str, tokenizer: Any, length: int, *, 
     Raises:
         FlexCompressError: The block is too short, or there is no text.
     """
-    room = length - tokenizer.num_special_tokens_to_add() if wrap else length
+    before, after = _special_tokens(tokenizer) if wrap else ([], [])
+    room = length - len(before) - len(after)
     if room < 2:
         raise FlexCompressError(f"max_length={length} is too short for a block of text: choose at least 16.")
     end = [] if wrap or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -51,7 +52,7 @@ def make_blocks(data: DatasetDict, column: str, tokenizer: Any, length: int, *, 
                 stream.extend(end)
         blocks = [stream[begin : begin + room] for begin in range(0, len(stream), room)]
         if wrap:
-            blocks = [tokenizer.build_inputs_with_special_tokens(block) for block in blocks]
+            blocks = [[*before, *block, *after] for block in blocks]
         elif len(blocks) > 1 and len(blocks[-1]) < 2:
             blocks.pop()  # a single token predicts nothing
         if not blocks:
@@ -60,6 +61,18 @@ def make_blocks(data: DatasetDict, column: str, tokenizer: Any, length: int, *, 
             {"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks]}
         )
     return result
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text.
+
+    Read off an encoded text: `build_inputs_with_special_tokens` of a tokenizer without a class of its own adds nothing.
+    """
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    first = special.index(0) if 0 in special else len(ids)
+    last = len(special) - special[::-1].index(0) if 0 in special else len(ids)
+    return ids[:first], ids[last:]
 
 
 def token_losses(shift: bool) -> Callable[[Any, Any], torch.Tensor]:

@@ -79,7 +79,7 @@ def test_compress_says_which_argument_is_missing(missing):
         ({"--recipe": "distill-int8"}, 'Did you mean "distil-int8"?'),
         ({"--task": "text-clasification"}, "text-clasification"),
         ({"--set": "stages.distill.epoch=2"}, 'Did you mean "epochs"?'),
-        ({"--columns": "question"}, "--columns question: write it as role=name"),
+        ({"--columns": "question"}, "--columns question: write it as ROLE=NAME"),
         ({"--model": "./none"}, "There is no folder"),
         ({"--dataset": "./none.csv"}, "There is no file or folder"),
     ],

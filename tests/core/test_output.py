@@ -56,6 +56,8 @@ def test_text_files_are_replaced_whole(tmp_path):
     write_text_atomically(tmp_path / "a.json", "2")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "2"
+    (tmp_path / "plain").touch()
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
 def test_hints():

@@ -120,15 +120,17 @@ FAMILY_CLASSES = {
 FAMILIES = sorted(FAMILY_CLASSES)
 
 
-def model_of(family: str, seed: int = 0, num_labels: int = 3, auto_class=None, spread: float = 4.0, **kwargs):
+def model_of(family: str, seed: int = 0, num_labels: int = 3, auto_class=None, **kwargs):
     """A tiny random model; its weights are spread wide enough that attention is far from uniform."""
+    # T5 draws its initial weights from wide distributions by itself.
+    spread = 1.0 if family == "t5" else 4.0
     config = config_of(family, **kwargs)
     config.num_labels = num_labels
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = (auto_class or FAMILY_CLASSES[family]).from_config(config)
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(spread)
     return model.eval()

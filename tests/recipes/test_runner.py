@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.recipes import load_recipe, run_recipe
-from optimum_flexcompress.recipes.runner import clock
+from optimum_flexcompress.recipes.runner import clock, disk_is_full
 from optimum_flexcompress.recipes.stages import INPUT, Stage, register_stage, stage_class
 
 
@@ -37,6 +41,9 @@ class Write(Stage):
     def describe(self):
         return "writing"
 
+    def check(self, models):
+        return models[self.settings.model]
+
     def run(self, context):
         RUNS.append(context.name)
         before = ""
@@ -47,6 +54,12 @@ class Write(Stage):
             raise FlexCompressError("it did not work.")
         if self.settings.fail == "interrupt":
             raise KeyboardInterrupt
+        if self.settings.fail == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if self.settings.fail == "disk, says safetensors":
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        if self.settings.fail == "a mistake":
+            raise RuntimeError("inline_container.cc: something else")
         return {"score": 0.5}
 
 
@@ -169,6 +182,25 @@ def test_a_stage_is_stale_when_its_input_ran_again_and_it_did_not(run):
     result, ran, _ = run("stages.one.text=I")
     assert ran == ["two", "three", "aside"]
     assert text(result, "three") == "I23"
+
+
+@pytest.mark.parametrize("failure", ["disk", "disk, says safetensors"])
+def test_a_full_disk(run, failure):
+    with pytest.raises(FlexCompressError, match="is full: make room and run the same command again"):
+        run(f"stages.two.fail={failure}")
+    assert run()[1] == ["two", "three", "aside"]
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_the_disk(run):
+    with pytest.raises(RuntimeError, match="something else"):
+        run("stages.two.fail=a mistake")
+
+
+def test_a_write_that_failed_on_a_disk_with_no_room_left(tmp_path, monkeypatch):
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 729984 vs 729872")
+    assert not disk_is_full(error, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    assert disk_is_full(error, tmp_path)
 
 
 @pytest.mark.parametrize("failure", ["error", "interrupt"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from ...configuration import DistillationConfig
+from ...configuration import DistillationConfig, MiniLMConfig
 from ..base import register_method
 from .method import DistillationMethod
+from .minilm import MiniLMMethod
 from .student import make_student
 
 
 register_method(DistillationConfig, DistillationMethod)
+register_method(MiniLMConfig, MiniLMMethod)
 
-__all__ = ["DistillationMethod", "make_student"]
+__all__ = ["DistillationMethod", "MiniLMMethod", "make_student"]

@@ -19,8 +19,14 @@ class Head(enum.Enum):
 
     SEQUENCE = "sequence"
     QUESTION_ANSWERING = "question answering"
-    TOKEN = "token"
+    TOKEN = "token classification"
+    LM = "language modeling"
     CAUSAL_LM = "causal language modeling"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the logits range over the labels of the config."""
+        return self in (Head.SEQUENCE, Head.TOKEN)
 
 
 # Sequence-to-sequence comes before causal: a family may list the same class under both.
@@ -34,14 +40,8 @@ _CLASS_NAMES: tuple[tuple[Head, tuple[Mapping[str, Any], ...]], ...] = (
         ),
     ),
     (Head.QUESTION_ANSWERING, (auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,)),
-    (
-        Head.TOKEN,
-        (
-            auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        ),
-    ),
+    (Head.TOKEN, (auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,)),
+    (Head.LM, (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)),
     (Head.CAUSAL_LM, (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,)),
 )
 
@@ -73,7 +73,7 @@ def token_mask(head: Head, inputs: Mapping[str, Any]) -> torch.Tensor | None:
     """Which positions of a token-level head are compared.
 
     Args:
-        head: `Head.TOKEN` or `Head.CAUSAL_LM`.
+        head: `Head.TOKEN`, `Head.LM` or `Head.CAUSAL_LM`.
         inputs: The batch.
 
     Returns:
@@ -95,7 +95,7 @@ def token_mask(head: Head, inputs: Mapping[str, Any]) -> torch.Tensor | None:
 
 def count_items(head: Head, batch: Mapping[str, Any]) -> torch.Tensor:
     """How many items [`logits_loss`] sums over in a batch; reads the inputs alone."""
-    if head in (Head.TOKEN, Head.CAUSAL_LM):
+    if head in (Head.TOKEN, Head.LM, Head.CAUSAL_LM):
         mask = token_mask(head, batch)
         if mask is not None:
             return mask.sum()

@@ -15,7 +15,7 @@ from ..base import FULL_PASS, CompressionMethod, LossTerm, Needs, ParameterGroup
 from ..teacher import check_labels, require_teacher, unwrap_peft
 from .hidden_states import attention_loss, hidden_state_loss, stack_outputs, valid_positions
 from .layer_map import layer_pairs
-from .logits import Head, batch_size, count_items, head_of, logits_loss, problem_type_of
+from .logits import batch_size, count_items, head_of, logits_loss, problem_type_of
 
 
 class DistillationMethod(CompressionMethod):
@@ -33,7 +33,7 @@ class DistillationMethod(CompressionMethod):
                     f"The student has a {heads[0].value} head and the teacher a {heads[1].value} head: load both "
                     "with the same Auto class, or set logits_weight=0."
                 )
-            if heads[0] is Head.SEQUENCE or student.config.num_labels != teacher.config.num_labels:
+            if heads[0].has_labels:
                 check_labels(student, teacher)
         if self._maps_layers:
             self._map_layers(context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedModel
 
-    from ...tasks import Task
+    from ...tasks import Prepared, Task
 
 # The name under which a stage refers to the model that the user gave.
 INPUT = "input"
@@ -25,7 +25,7 @@ class DataSettings:
     """How much of the data is used, and how.
 
     Attributes:
-        max_length: Longest input, in tokens; longer ones are cut.
+        max_length: Longest input, in tokens; longer ones are cut. The task's default where left out.
         max_train_samples: Train on this many examples only, chosen at random with the recipe's seed.
         max_eval_samples: Evaluate on this many examples only, likewise.
         columns: Column names, where they are not the usual ones: role to name.
@@ -33,7 +33,7 @@ class DataSettings:
             for it.
     """
 
-    max_length: int = 128
+    max_length: int | None = None
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     columns: dict[str, Any] | None = None
@@ -78,6 +78,27 @@ class StageContext:
     scratch: Path
     say: Callable[[str], None] = print
 
+    @property
+    def max_length(self) -> int:
+        """Longest input, in tokens."""
+        return self.data_settings.max_length or self.task.default_max_length
+
+    def prepare(self, processor: Any, model: Any = None) -> Prepared:
+        """The data made ready as the recipe's `data` group says, with the classes of `model` where one is given.
+
+        Args:
+            processor: The model's tokenizer or image processor.
+            model: A model, or its configuration.
+        """
+        return self.task.prepare(
+            self.data,
+            processor,
+            max_length=self.max_length,
+            columns=self.data_settings.columns,
+            label_names=self.label_names if model is None else None,
+            model=model,
+        )
+
     def artifact(self, name: str) -> str | Path:
         """The folder that stage `name` wrote (or the user's model)."""
         return self.artifacts[name]
@@ -107,12 +128,20 @@ class Stage:
         """What the stage does, for the line that announces it."""
         raise NotImplementedError
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raises FlexCompressError for what can be known to fail before any stage has run.
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> PreTrainedModel | None:
+        """Finds out before any stage has run what can be known to fail.
 
         Args:
-            model: The user's model on the meta device: its sizes, without the weights.
+            models: The user's model under `input`, and what the `check` of every stage above has returned. They are on
+                the meta device: modules and sizes, without weights.
+
+        Returns:
+            The model that this stage is going to leave, likewise, or None where it leaves no PyTorch model.
+
+        Raises:
+            FlexCompressError: The stage cannot run.
         """
+        raise NotImplementedError
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """Does the work and writes `context.output`.
@@ -121,6 +150,14 @@ class Stage:
             Figures worth keeping in the stage's manifest; JSON types only.
         """
         raise NotImplementedError
+
+
+def model_of(models: Mapping[str, PreTrainedModel | None], name: str) -> PreTrainedModel:
+    """For `Stage.check`: the model that stage `name` is going to leave, or an error that says that it leaves none."""
+    model = models[name]
+    if model is None:
+        raise FlexCompressError(f'"{name}" leaves no PyTorch model: name a stage that trains, or "{INPUT}".')
+    return model
 
 
 @dataclass

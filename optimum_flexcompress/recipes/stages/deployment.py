@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from .base import Stage, StageContext, register_stage
+from ...errors import FlexCompressError
+from .base import Stage, StageContext, model_of, register_stage
+from .training import load_config
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -39,6 +47,10 @@ class Export(Stage):
         """See the base class."""
         return f"exporting {self.settings.model} to ONNX"
 
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
+        """Looks whether there is going to be a model to export."""
+        model_of(models, self.settings.model)
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
         from ...export import export_onnx
@@ -59,11 +71,12 @@ class QuantizeSettings:
     """Settings of the stage `quantize`.
 
     Attributes:
-        model: The stage (or `input`) whose ONNX graphs, or whose model, become int8.
+        model: The stage (or `input`) whose ONNX files, or whose model, become int8.
         mode: "dynamic" measures activations as they come, "static" calibrates them on training examples beforehand.
-        target: Instruction set to quantize for, or "auto" for this machine's.
-        per_channel: One scale per output channel of a weight, rather than one for all.
+        target: Processor to quantize for, or "auto" for this machine's.
+        per_channel: One scale per output feature of a weight, rather than one for all.
         calibration_samples: How many training examples a static model is calibrated on.
+        options: Any other field of `FlexORTQuantizationConfig`.
     """
 
     model: str = "export"
@@ -71,52 +84,11 @@ class QuantizeSettings:
     target: str = "auto"
     per_channel: bool = True
     calibration_samples: int = 200
+    options: dict[str, Any] = field(default_factory=dict)
 
-
-@dataclass
-class BenchmarkSettings:
-    """Settings of the stage `benchmark`.
-
-    Attributes:
-        models: The stages (or `input`) that are measured side by side.
-        baseline: The one of them that the others are compared with.
-    """
-
-    models: list[str] = field(default_factory=lambda: ["finetune", "distill", "quantize"])
-    baseline: str = "finetune"
-
-
-@register_stage("benchmark")
-class Benchmark(Stage):
-    """Measures models side by side and writes the report."""
-
-    Settings = BenchmarkSettings
-    settings: BenchmarkSettings
-    produces = "report"
-    entry_point = "report.html"
-
-    def inputs(self) -> list[str]:
-        """See the base class."""
-        return list(dict.fromkeys([*self.settings.models, self.settings.baseline]))
-
-    def describe(self) -> str:
-        """See the base class."""
-        return "measuring " + ", ".join(self.settings.models)
-
-    def run(self, context: StageContext) -> dict[str, Any]:
-        """See the base class."""
-        from ...evaluation import run_benchmark
-
-        settings = self.settings
-        report = run_benchmark(
-            {name: context.artifact(name) for name in self.inputs()},
-            baseline=settings.baseline,
-            task=context.task,
-            data=context.data,
-            output=context.output,
-        )
-        context.say(str(report))
-        return {}
+    def __post_init__(self):
+        if self.calibration_samples < 1:
+            raise FlexCompressError(f"calibration_samples must be at least 1, not {self.calibration_samples}.")
 
 
 @register_stage("quantize")
@@ -135,6 +107,144 @@ class Quantize(Stage):
         """See the base class."""
         return f"making {self.settings.model} int8 ({self.settings.mode})"
 
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
+        """Looks at the target and the options."""
+        from ...quantization import FlexORTQuantizer
+
+        FlexORTQuantizer.read_config(None, self._options())
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
-        raise NotImplementedError
+        from ...quantization import quantize_folder
+
+        source = context.artifact(self.settings.model)
+        quantized = quantize_folder(
+            source,
+            context.output,
+            calibration_dataset=self._calibration_data(context, source) if self.settings.mode == "static" else None,
+            num_calibration_samples=self.settings.calibration_samples,
+            task=context.task.name,
+            progress=True,
+            **self._options(),
+        )
+        for line in quantized.summary().splitlines():
+            context.say(f"{context.name}: {line}")
+        return {"target": quantized.config.target}
+
+    def _options(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            **settings.options,
+            "mode": settings.mode,
+            "target": settings.target,
+            "per_channel": settings.per_channel,
+        }
+
+    def _calibration_data(self, context: StageContext, source: Any) -> Any:
+        from ...data import take
+
+        prepared = context.prepare(context.task.load_processor(source), model=load_config(source))
+        if "train" not in prepared.dataset:
+            raise FlexCompressError(
+                f"static int8 is calibrated on training examples, and {context.dataset} has no training split: give a "
+                "data set with one, or set mode: dynamic."
+            )
+        return take(prepared.dataset["train"], self.settings.calibration_samples, context.seed)
+
+
+@dataclass
+class BenchmarkSettings:
+    """Settings of the stage `benchmark`.
+
+    Attributes:
+        models: The stages (or `input`) that are measured side by side.
+        baseline: The one that the others are compared with; measured too when `models` does not name it.
+        batch_sizes: Batch sizes to time.
+        lengths: Lengths in tokens to time, each with every batch size; by default the longest input of the recipe.
+        new_tokens: How many tokens generating models generate.
+        stream_rows: How many examples are timed one by one at their real lengths.
+        rounds: Interleaved rounds for each figure.
+        max_seconds: Rough bound for timing one shape, all models together.
+        threads: Threads for PyTorch and ONNX Runtime.
+        memory: Whether peak memory is measured.
+    """
+
+    models: list[str] = field(default_factory=lambda: ["finetune", "distill", "quantize"])
+    baseline: str = "finetune"
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 32])
+    lengths: list[int] | None = None
+    new_tokens: int = 32
+    stream_rows: int = 64
+    rounds: int = 15
+    max_seconds: float = 60.0
+    threads: int | None = None
+    memory: bool = True
+
+    def __post_init__(self):
+        for name in ("batch_sizes", "lengths"):
+            values = getattr(self, name)
+            if values is not None and (not values or min(values) < 1):
+                raise FlexCompressError(f"{name} must be one or more numbers from 1, not {values}.")
+        if self.rounds < 3:
+            raise FlexCompressError(f"rounds must be at least 3, not {self.rounds}, for a median and a spread.")
+        if self.stream_rows < 0:
+            raise FlexCompressError(f"stream_rows must be at least 0, not {self.stream_rows}.")
+
+
+@register_stage("benchmark")
+class Benchmark(Stage):
+    """Measures models side by side and writes the report."""
+
+    Settings = BenchmarkSettings
+    settings: BenchmarkSettings
+    produces = "report"
+    entry_point = "report.html"
+
+    def inputs(self) -> list[str]:
+        """See the base class."""
+        return list(dict.fromkeys([self.settings.baseline, *self.settings.models]))
+
+    def describe(self) -> str:
+        """See the base class."""
+        return f"measuring {', '.join(self.inputs())} side by side"
+
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
+        """Looks whether the report could be written."""
+        from ...evaluation.benchmark import require_report_extra
+
+        require_report_extra()
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """See the base class."""
+        from ...evaluation import run_benchmark
+
+        settings = self.settings
+        report = run_benchmark(
+            {name: context.artifact(name) for name in self.inputs()},
+            baseline=settings.baseline,
+            task=context.task,
+            data=context.data,
+            output=context.output,
+            columns=context.data_settings.columns,
+            max_length=context.max_length,
+            batch_sizes=settings.batch_sizes,
+            lengths=settings.lengths or [self._longest_input(context)],
+            new_tokens=settings.new_tokens,
+            stream_rows=settings.stream_rows,
+            rounds=settings.rounds,
+            max_seconds=settings.max_seconds,
+            threads=settings.threads,
+            memory=settings.memory,
+            dataset_name=Path(context.dataset).name,
+        )
+        context.say(str(report))
+        return {
+            f"{model.name} {report.metric}": float(model.metrics[report.metric])
+            for model in report.models
+            if report.metric in model.metrics
+        }
+
+    def _longest_input(self, context: StageContext) -> int:
+        processor = context.task.load_processor(context.artifact(self.settings.baseline))
+        # Image processors have no such limit, and their inputs one size.
+        return min(context.max_length, getattr(processor, "model_max_length", context.max_length))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import FlexCompressError
-from .base import StageContext, register_stage
-from .training import TrainingSettings, TrainingStage, load_config, prepare
+from .base import StageContext, model_of, register_stage
+from .training import TrainingSettings, TrainingStage, load_config
 
 
 if TYPE_CHECKING:
@@ -72,12 +73,24 @@ class Distill(TrainingStage):
         """See the base class."""
         return f"distilling {self.settings.teacher} into a smaller model"
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Looks at the methods' settings too, and makes the student without its weights."""
-        super().check(model)
-        self._compression_config()
-        # No stage makes a model bigger, so what does not fit into the user's model fits into none that follows.
-        self._student(model, own_copy=False)
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> PreTrainedModel:
+        """Makes the student without its weights, and asks the methods whether they can work with it."""
+        from transformers import TrainingArguments
+
+        from ...methods.base import PrepareContext, create_method
+        from ...methods.teacher import check_teacher
+
+        self.check_arguments()
+        settings = self.settings
+        teacher = model_of(models, settings.teacher)
+        start = model_of(models, settings.model or settings.teacher)
+        student = self._student(start, own_copy=False)
+        parts = (student, teacher) if settings.head else (student.base_model, teacher.base_model)
+        check_teacher(*parts)
+        context = PrepareContext(*parts, TrainingArguments(output_dir="unused", report_to="none"))
+        for method in self._compression_config().methods:
+            create_method(method).validate(context)
+        return student
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
@@ -87,7 +100,7 @@ class Distill(TrainingStage):
         processor = context.task.load_processor(teacher_source)
         if settings.head:
             # The teacher's label ids are the ones that count.
-            prepared = prepare(context, processor, model=load_config(teacher_source))
+            prepared = context.prepare(processor, model=load_config(teacher_source))
             teacher = context.task.load_model(teacher_source)
             start = teacher
             if start_source != teacher_source:
@@ -136,7 +149,7 @@ class Distill(TrainingStage):
     def _without_labels(self, context: StageContext, processor: Any) -> Prepared:
         from transformers import DataCollatorWithPadding
 
-        prepared = prepare(context, processor)
+        prepared = context.prepare(processor)
         if prepared.generation:
             raise FlexCompressError(
                 f"{context.name}: head: false is for encoders, and {context.task.name} has a decoder: leave it out."

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import FlexCompressError, nearest
-from .base import INPUT, Stage, StageContext, register_stage
+from .base import INPUT, Stage, StageContext, model_of, register_stage
 
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class TrainingStage(Stage):
 
     settings: TrainingSettings
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check_arguments(self) -> None:
         """Looks at the names in `arguments`, and at the schedule."""
         from transformers import SchedulerType, TrainingArguments
 
@@ -152,8 +153,9 @@ class TrainingStage(Stage):
         if checkpoint is not None:
             context.say(f"{context.name}: going on from {checkpoint.name}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        split = select_split(prepared.dataset)
-        metrics = evaluate(trainer, prepared.dataset[split])
+        metrics = {}
+        if prepared.compute_metrics is not None:
+            metrics = evaluate(trainer, prepared.dataset[select_split(prepared.dataset)])
         trainer.save_model(str(context.output))
         # A pickle of the arguments, which nobody needs to load the model.
         (context.output / "training_args.bin").unlink(missing_ok=True)
@@ -162,6 +164,7 @@ class TrainingStage(Stage):
 
     def training_arguments(self, context: StageContext, prepared: Prepared) -> Any:
         """The settings as `TrainingArguments`."""
+        import torch
         from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
         settings = self.settings
@@ -184,6 +187,10 @@ class TrainingStage(Stage):
             "logging_strategy": "steps",
             "logging_steps": 0.1,
             "report_to": "none",
+            # Quiet logging would otherwise take the bars, and with them the time left, away.
+            "disable_tqdm": False,
+            # Elsewhere PyTorch warns about it in every stage.
+            "dataloader_pin_memory": torch.cuda.is_available(),
             **settings.arguments,
         }
         if prepared.generation:
@@ -211,6 +218,11 @@ class FineTune(TrainingStage):
         """See the base class."""
         return "fine-tuning the model on the task"
 
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> PreTrainedModel:
+        """See the base class."""
+        self.check_arguments()
+        return model_of(models, self.settings.model)
+
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
         source = context.artifact(self.settings.model)
@@ -224,7 +236,7 @@ class FineTune(TrainingStage):
             model.save_pretrained(context.output)
             processor.save_pretrained(context.output)
             return {"skipped": True}
-        prepared = prepare(context, processor)
+        prepared = context.prepare(processor)
         # The head that came with the model may be for other labels; it is replaced then.
         model = context.task.load_model(source, ignore_mismatched_sizes=True, **prepared.model_kwargs)
         return self.train(context, model, processor, prepared)
@@ -234,23 +246,11 @@ class FineTune(TrainingStage):
         if not has_head(context.task.auto_class, config):
             return None
         try:
-            return prepare(context, processor, model=config)
+            return context.prepare(processor, model=config)
         except FlexCompressError:
             # The model's labels are not the data's; anything else that is wrong with the data comes up again.
             context.say(f"{context.name}: the labels of {source} are not those of the data, so it gets a new head")
             return None
-
-
-def prepare(context: StageContext, processor: Any, model: Any = None) -> Prepared:
-    """The data made ready as the recipe's `data` group says, with the classes of `model` where one is given."""
-    return context.task.prepare(
-        context.data,
-        processor,
-        max_length=context.data_settings.max_length,
-        columns=context.data_settings.columns,
-        label_names=context.label_names if model is None else None,
-        model=model,
-    )
 
 
 def load_config(source: str | Path) -> Any:

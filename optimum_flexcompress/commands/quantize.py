@@ -1,0 +1,142 @@
+"""`optimum-cli flexcompress quantize`: makes a model int8."""
+
+from __future__ import annotations
+
+from optimum.commands.base import CommandInfo
+from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
+
+
+class QuantizeCommand(FlexCompressCommand):
+    """Makes a model int8; a PyTorch model is exported first."""
+
+    COMMAND = CommandInfo(name="quantize", help="Make a model int8: dynamic, or static with calibration examples.")
+    EXAMPLES = """\
+optimum-cli flexcompress quantize -m student -o student-int8
+optimum-cli flexcompress quantize -m student --mode static --dataset banking77/train.csv -o student-int8
+optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv --columns text=review label=stars \\
+    --target avx2 -o student-int8
+"""
+
+    @staticmethod
+    def parse_args(parser):
+        """See the base class."""
+        required = parser.add_argument_group("what to quantize")
+        required.add_argument(
+            "-m",
+            "--model",
+            required=True,
+            metavar="DIR",
+            help="Model folder, PyTorch (compressed or not) or ONNX, or id on the Hugging Face Hub.",
+        )
+        required.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder for the int8 model.")
+        required.add_argument("--task", help="What the model is for (default: read from its config.json).")
+        how = parser.add_argument_group("how")
+        how.add_argument("--backend", default="ort", help="The runtime: ort, for ONNX Runtime (default: %(default)s).")
+        how.add_argument(
+            "--mode",
+            default="dynamic",
+            help="dynamic takes the ranges of activations at run time; static from the examples of --dataset, which "
+            "runs a little faster (default: %(default)s).",
+        )
+        how.add_argument(
+            "--target",
+            default="auto",
+            help="The processor: avx2, avx512, avx512_vnni, arm64, tensorrt, or auto for this machine's (default: "
+            "%(default)s).",
+        )
+        how.add_argument(
+            "--per-tensor",
+            action="store_true",
+            help="One weight scale for each matrix instead of each output feature.",
+        )
+        how.add_argument("--no-embeddings", action="store_true", help="Leave embedding tables in single precision.")
+        how.add_argument("--no-fuse", action="store_true", help="Leave the graph as it was exported.")
+        data = parser.add_argument_group("calibration (static)")
+        data.add_argument(
+            "--dataset",
+            metavar="DATA",
+            help="Id on the Hub, a folder written by `save_to_disk`, a CSV, TSV, JSON or JSONL file, or a folder of such "
+            "files named by split (train.csv, test.csv).",
+        )
+        data.add_argument("--split", help="Split to draw examples from (default: train, else validation, else test).")
+        data.add_argument(
+            "--columns",
+            metavar="ROLE=NAME",
+            nargs="+",
+            default=[],
+            help="Names of the data set's columns where they are not the usual ones, such as text=review.",
+        )
+        data.add_argument(
+            "--samples", type=int, default=200, metavar="N", help="Examples to calibrate on (default: %(default)s)."
+        )
+        data.add_argument(
+            "--max-length", type=int, default=128, metavar="N", help="Cut examples to N tokens (default: %(default)s)."
+        )
+        data.add_argument(
+            "--calibration",
+            metavar="METHOD",
+            help="mse takes the range that rounds best, percentile cuts outliers off, minmax keeps everything (default: "
+            "mse).",
+        )
+        parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it exists.")
+
+    def execute(self) -> None:
+        """See the base class."""
+        args = self.args
+        from optimum_flexcompress.quantization.backends import find_backend
+
+        backend = find_backend(args.backend)
+
+        from optimum_flexcompress.output import check_output_folder
+
+        # Before anything is loaded, exported or calibrated.
+        check_output_folder(args.output, overwrite=args.overwrite)
+        options = {
+            "per_channel": not args.per_tensor,
+            "embeddings": not args.no_embeddings,
+            "fuse": not args.no_fuse,
+        }
+        if args.calibration is not None:
+            options["calibration_method"] = args.calibration
+
+        from optimum_flexcompress.quantization.targets import find_target
+
+        target = find_target(args.target, args.mode).name
+        columns = read_columns(args.columns)
+        examples = self._examples(columns) if args.mode == "static" else None
+
+        from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
+
+        print(f"Making {args.model} int8 for {backend.description}: {args.mode}, {target}")
+        print(describe_environment(environment_info()))
+        result = backend.quantize(
+            args.model,
+            args.output,
+            args.mode,
+            target,
+            calibration_dataset=examples,
+            num_calibration_samples=args.samples,
+            task=args.task,
+            overwrite=args.overwrite,
+            progress=True,
+            **options,
+        )
+        print(result.summary())
+        print(f"Wrote {args.output}")
+
+    def _examples(self, columns: dict[str, str]):
+        from optimum_flexcompress.errors import FlexCompressError
+        from optimum_flexcompress.quantization.calibration_data import calibration_examples
+
+        args = self.args
+        if args.dataset is None:
+            raise FlexCompressError("--mode static needs calibration examples: give --dataset, or choose dynamic.")
+        return calibration_examples(
+            args.model,
+            args.dataset,
+            args.task,
+            samples=args.samples,
+            split=args.split,
+            columns=columns,
+            max_length=args.max_length,
+        )

@@ -1,0 +1,375 @@
+"""Finds attention in an exported graph and replaces it by one operator of ONNX Runtime.
+
+The exporter writes attention as some twenty operators around a softmax; ONNX Runtime then stores the scores of all
+heads, `(batch, heads, queries, keys)`, several times over. `MultiHeadAttention` does not, where it may use its flash
+kernel, and that kernel takes no mask. A mask that only hides padded keys can be hidden from the kernel, though: give
+every head one more dim, in which the query is 1 and the key is 0 or a large negative number, and the product of query
+and key contains the mask.
+
+Nothing here trusts names or constants of the graph for the number of heads, the scale or the meaning of the mask:
+they are measured by running the graph, because compressed models have other numbers in every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from .graph import MICROSOFT, Graph, attribute
+from .probe import Feeds, same_constant, values_of
+
+
+SPLIT_HEADS = (0, 2, 1, 3)
+SWAP_LAST = (0, 1, 3, 2)
+SPLIT_HEADS_SWAPPED = (0, 2, 3, 1)
+# Scores of hidden keys; exp() of it is 0 in single precision whatever the other scores are.
+HIDDEN = -1e4
+
+
+class NotFusable(Exception):
+    """Why an attention is left as it is."""
+
+
+@dataclass
+class Attention:
+    """One attention in a graph, as far as it is known.
+
+    Attributes:
+        name: Where it comes from, for messages.
+        softmax: Its softmax node.
+        query: `(batch, queries, heads * size)`, before the heads are split off.
+        key: `(batch, keys, heads * size)`.
+        value: `(batch, keys, heads * value size)`.
+        output: `(batch, queries, heads * value size)`.
+        split_query: The query as `(batch, heads, queries, size)`.
+        mask: What is added to the scores, or None.
+        factors: Scalars that multiply the scores, and those that divide them.
+        heads: Number of heads.
+        size: Dims of a head.
+        scale: What scores are multiplied by.
+        mask_input: The graph input that says which keys are hidden, where `mask` does nothing else.
+    """
+
+    name: str
+    softmax: NodeProto
+    query: str
+    key: str
+    value: str
+    output: str
+    split_query: str
+    mask: str | None
+    factors: tuple[list[str], list[str]]
+    heads: int = 0
+    size: int = 0
+    scale: float = 1.0
+    mask_input: str | None = field(default=None)
+
+
+def find_attentions(graph: Graph) -> tuple[list[Attention], dict[str, str]]:
+    """Finds what looks like attention.
+
+    Args:
+        graph: The exported graph.
+
+    Returns:
+        The attentions found; and for each softmax that is not one of them, by name, the reason.
+    """
+    found, reasons = [], {}
+    for node in graph.nodes:
+        if node.op_type == "Softmax":
+            try:
+                found.append(_match(graph, node))
+            except NotFusable as error:
+                reasons[node.name] = str(error)
+    return found, reasons
+
+
+def _match(graph: Graph, softmax: NodeProto) -> Attention:
+    factors: tuple[list[str], list[str]] = ([], [])
+    scores, mask = _without_cast(graph, softmax.input[0]), None
+    add = graph.producer(scores, "Add")
+    if add is not None:
+        is_product = [_is_product(graph, name) for name in add.input]
+        if is_product.count(True) != 1:
+            raise NotFusable("its mask cannot be told from its scores")
+        scores, mask = add.input[is_product.index(True)], add.input[is_product.index(False)]
+    product = graph.producer(_peel(graph, scores, factors), "MatMul")
+    if product is None:
+        raise NotFusable("its scores are no plain product of queries and keys")
+    query, split_query = _merged(graph, _peel(graph, product.input[0], factors), SPLIT_HEADS, "query")
+    key = _key(graph, _peel(graph, product.input[1], factors), factors)
+    weighted = _only_reader(graph, softmax.output[0], "MatMul")
+    if weighted.input[0] != softmax.output[0]:
+        raise NotFusable("its weights are not the left factor of a product")
+    value, _ = _merged(graph, weighted.input[1], SPLIT_HEADS, "value")
+    transpose = _only_reader(graph, weighted.output[0], "Transpose")
+    if tuple(attribute(transpose, "perm")) != SPLIT_HEADS:
+        raise NotFusable("its heads are joined in an unusual way")
+    output = _only_reader(graph, transpose.output[0], "Reshape").output[0]
+    name = softmax.name.strip("/").rsplit("/", 1)[0] or softmax.name
+    return Attention(name, softmax, query, key, value, output, split_query, mask, factors)
+
+
+def _without_cast(graph: Graph, tensor: str) -> str:
+    """T5 takes its softmax in single precision, which scores in single precision already are."""
+    cast = graph.producer(tensor, "Cast")
+    return cast.input[0] if cast is not None and attribute(cast, "to") == TensorProto.FLOAT else tensor
+
+
+def _peel(graph: Graph, tensor: str, factors: tuple[list[str], list[str]]) -> str:
+    """Follows a tensor back through multiplications with scalars, which are noted down."""
+    while (node := graph.producer(tensor, "Mul", "Div")) is not None:
+        scalars = [_looks_scalar(graph, name) for name in node.input]
+        if scalars == [False, True]:
+            factors[node.op_type == "Div"].append(node.input[1])
+            tensor = node.input[0]
+        elif scalars == [True, False] and node.op_type == "Mul":
+            factors[0].append(node.input[0])
+            tensor = node.input[1]
+        else:
+            break
+    return tensor
+
+
+def _looks_scalar(graph: Graph, tensor: str) -> bool:
+    value = graph.constant(tensor)
+    if value is not None:
+        return value.size == 1
+    # Exporters compute the scale from a shape: Shape, Slice, Cast, Sqrt, Div.
+    return graph.producer(tensor, "Sqrt", "Div", "Cast", "Pow", "Reciprocal") is not None
+
+
+def _is_product(graph: Graph, tensor: str) -> bool:
+    return graph.producer(_peel(graph, tensor, ([], [])), "MatMul") is not None
+
+
+def _merged(graph: Graph, tensor: str, permutation: tuple[int, ...], what: str) -> tuple[str, str]:
+    """From `(batch, heads, length, size)` back to `(batch, length, heads * size)`."""
+    transpose = graph.producer(tensor, "Transpose")
+    if transpose is None or tuple(attribute(transpose, "perm")) != permutation:
+        raise NotFusable(f"its {what} is not a projection with split heads (cached, rotated or shared by heads)")
+    reshape = graph.producer(transpose.input[0], "Reshape")
+    if reshape is None:
+        raise NotFusable(f"its {what} is not split into heads by a reshape")
+    return reshape.input[0], tensor
+
+
+def _key(graph: Graph, tensor: str, factors: tuple[list[str], list[str]]) -> str:
+    transpose = graph.producer(tensor, "Transpose")
+    if transpose is not None and tuple(attribute(transpose, "perm")) == SWAP_LAST:
+        return _merged(graph, _peel(graph, transpose.input[0], factors), SPLIT_HEADS, "key")[0]
+    return _merged(graph, tensor, SPLIT_HEADS_SWAPPED, "key")[0]
+
+
+def _only_reader(graph: Graph, tensor: str, op_type: str) -> NodeProto:
+    # Reading the shape of a tensor does not need its values.
+    readers = [node for node in graph.consumers(tensor) if node.op_type != "Shape"]
+    if any(node.op_type == "IsNaN" for node in readers):
+        raise NotFusable("rows that are hidden entirely are set to zero, which the fused operator does not do")
+    if len(readers) != 1 or readers[0].op_type != op_type or tensor in graph.outputs:
+        raise NotFusable("something else reads what it computes, such as the attention weights")
+    return readers[0]
+
+
+def measure(graph: Graph, attentions: list[Attention], feeds: list[Feeds]) -> dict[str, str]:
+    """Runs the graph and fills in heads, size, scale and mask input of every attention.
+
+    Args:
+        graph: The graph.
+        attentions: What [`find_attentions`] returned; those that are not what they seem are removed.
+        feeds: Inputs to run it on, with hidden keys if it has a mask.
+
+    Returns:
+        For each removed attention, by name, the reason.
+    """
+    names = [
+        name
+        for item in attentions
+        for name in (item.query, item.key, item.value, item.output, item.split_query, *item.factors[0])
+    ]
+    names += [name for item in attentions for name in (*item.factors[1], *([item.mask] if item.mask else []))]
+    computed = [name for name in names if name not in graph.initializers and name not in graph.inputs]
+    runs = []
+    for inputs in feeds:
+        run = values_of(graph.model, computed, inputs)
+        run.update({name: graph.constant(name) for name in names if name in graph.initializers})
+        runs.append({**run, **inputs})
+    reasons = {}
+    for item in list(attentions):
+        try:
+            _measure(item, runs, list(graph.inputs))
+        except NotFusable as error:
+            reasons[item.name] = str(error)
+            attentions.remove(item)
+    return reasons
+
+
+def _measure(item: Attention, runs: list[dict[str, np.ndarray]], inputs: list[str]) -> None:
+    for run in runs:
+        query, key, value, output = (run[name] for name in (item.query, item.key, item.value, item.output))
+        batch, heads, length, size = run[item.split_query].shape
+        if item.heads and (item.heads, item.size) != (heads, size):
+            raise NotFusable("its number of heads depends on the input")
+        item.heads, item.size = heads, size
+        width = value.shape[-1]
+        expected = {
+            "query": (query, (batch, length, heads * size)),
+            "key": (key, (batch, key.shape[1], heads * size)),
+            "value": (value, (batch, key.shape[1], width)),
+            "output": (output, (batch, length, width)),
+        }
+        for what, (array, shape) in expected.items():
+            if array.shape != shape or width % heads:
+                raise NotFusable(f"its {what} has the shape {array.shape} where {shape} was expected")
+    for names, sign in zip(item.factors, (1, -1)):
+        for name in names:
+            factor = same_constant(runs, name)
+            if not factor:
+                raise NotFusable("its scale is not a constant number")
+            item.scale *= factor**sign
+    if item.mask is not None:
+        item.mask_input = next(
+            (name for name in inputs if all(_only_hides_keys(run, item, name) for run in runs)), None
+        )
+        if item.mask_input is None:
+            for run in runs:
+                shape = run[item.mask].shape
+                batch, length, keys = run[item.query].shape[0], run[item.query].shape[1], run[item.key].shape[1]
+                if len(shape) != 4 or shape[0] not in (1, batch) or shape[1] not in (1, item.heads):
+                    raise NotFusable(f"its mask has the shape {shape}")
+                if shape[2:] != (length, keys):
+                    raise NotFusable(f"its mask has the shape {shape}, not one row for each query")
+
+
+def _only_hides_keys(run: dict[str, np.ndarray], item: Attention, name: str) -> bool:
+    """Whether the mask adds nothing where the graph input `name` is 1 and forbids a key where it is 0."""
+    visible, mask = run[name], run[item.mask]
+    if visible.dtype.kind != "i" or visible.shape != run[item.key].shape[:2] or mask.ndim != 4 or visible.all():
+        return False
+    visible = visible[:, None, None, :].astype(bool)
+    try:
+        visible, mask = np.broadcast_arrays(visible, mask)
+    except ValueError:
+        return False
+    return bool((mask[visible] == 0).all() and (mask[~visible] <= HIDDEN).all())
+
+
+def fuse(graph: Graph, item: Attention) -> None:
+    """Replaces one attention by `MultiHeadAttention`.
+
+    Args:
+        graph: The graph; call its `write` when done.
+        item: A measured attention.
+    """
+    base = f"{item.name.replace('/', '.')}.fused"
+    inputs, scale = [item.query, item.key, item.value], item.scale
+    if item.mask is not None:
+        widened = None
+        if item.mask_input is not None:
+            widened = _widened_projections(graph, item, base)
+        if widened is not None:
+            inputs[:2] = widened
+        else:
+            mask = item.mask
+            if item.mask_input is not None:
+                mask = _expanded_mask(graph, item, base)
+            inputs += ["", "", mask]
+    old = graph.producer(item.output)
+    output = graph.unique_name(f"{base}_output")
+    graph.add_node(
+        "MultiHeadAttention",
+        inputs,
+        base,
+        outputs=[output],
+        domain=MICROSOFT,
+        num_heads=item.heads,
+        scale=float(scale),
+    )
+    graph.reindex()
+    if item.output in graph.outputs:
+        old.output[0] = graph.unique_name(item.output)
+        graph.nodes[-1].output[0] = item.output
+        graph.reindex()
+    else:
+        graph.replace_reads(item.output, output)
+
+
+def _projection(graph: Graph, tensor: str) -> tuple[str, str, np.ndarray | None] | None:
+    """`(input, weight, bias)` of a linear layer that makes `tensor`."""
+    bias = None
+    add = graph.producer(tensor, "Add")
+    if add is not None:
+        for index in (0, 1):
+            value = graph.constant(add.input[index])
+            if value is not None and value.ndim == 1:
+                bias, tensor = value, add.input[1 - index]
+    product = graph.producer(tensor, "MatMul")
+    if product is None or graph.constant(product.input[1]) is None or graph.constant(product.input[1]).ndim != 2:
+        return None
+    return product.input[0], product.input[1], bias
+
+
+def _widened_projections(graph: Graph, item: Attention, base: str) -> tuple[str, str] | None:
+    """Query and key with one more dim a head, whose product is the mask.
+
+    Returns:
+        The two tensors, `(batch, length, heads * (size + 1))`; None where they come from no linear layer.
+    """
+    projections = [_projection(graph, name) for name in (item.query, item.key)]
+    if None in projections:
+        return None
+    tensors = []
+    for (source, weight, bias), constant, what in zip(projections, (1.0, 0.0), ("query", "key")):
+        old = graph.constant(weight)
+        width = old.shape[0]
+        wide = np.zeros((width, item.heads, item.size + 1), np.float32)
+        wide[..., :-1] = old.reshape(width, item.heads, item.size)
+        wide_bias = np.full((item.heads, item.size + 1), constant, np.float32)
+        wide_bias[:, :-1] = 0.0 if bias is None else bias.reshape(item.heads, item.size)
+        name = f"{base}.{what}"
+        product = graph.add_node(
+            "MatMul", [source, graph.add_constant(f"{name}.weight", wide.reshape(width, -1))], f"{name}.MatMul"
+        )
+        bias_name = graph.add_constant(f"{name}.bias", wide_bias.reshape(-1))
+        tensors.append(graph.add_node("Add", [product, bias_name], f"{name}.Add"))
+    tensors[1] = graph.add_node("Add", [tensors[1], _hidden_keys(graph, item)], f"{base}.key.mask")
+    return tensors[0], tensors[1]
+
+
+def _score_of_hidden(graph: Graph, item: Attention) -> str:
+    """`(batch, keys)`: 0 for a visible key, a large negative number for a hidden one; made once for a graph."""
+    name = f"flexcompress.{item.mask_input}.scores"
+    if graph.producer(name) is None:
+        shared = f"flexcompress.{item.mask_input}"
+        one, large = (graph.add_constant(f"{shared}.{value:g}", np.float32(value)) for value in (1.0, -HIDDEN))
+        number = graph.add_node("Cast", [item.mask_input], f"{shared}.Cast", to=1)
+        hidden = graph.add_node("Sub", [number, one], f"{shared}.Sub")
+        graph.add_node("Mul", [hidden, large], f"{shared}.Mul", outputs=[name])
+        graph.reindex()
+    return name
+
+
+def _hidden_keys(graph: Graph, item: Attention) -> str:
+    """`(batch, keys, heads * (size + 1))`: the scores of hidden keys in the last dim of every head, else 0."""
+    name = f"flexcompress.{item.mask_input}.{item.heads}x{item.size}.{item.scale:g}"
+    if graph.producer(name) is None:
+        place = np.zeros((1, 1, item.heads, item.size + 1), np.float32)
+        place[..., -1] = 1.0 / item.scale
+        axis = graph.add_constant(f"{name}.axis", np.array([2], np.int64))
+        column = graph.add_node("Unsqueeze", [_score_of_hidden(graph, item), axis], f"{name}.Unsqueeze")
+        where = graph.add_constant(f"{name}.place", place.reshape(1, 1, -1))
+        graph.add_node("Mul", [column, where], f"{name}.Mul", outputs=[name])
+        graph.reindex()
+    return name
+
+
+def _expanded_mask(graph: Graph, item: Attention, base: str) -> str:
+    """`(batch, 1, queries, keys)`, as the operator wants it."""
+    axes = graph.add_constant(f"{base}.axes", np.array([1, 2], np.int64))
+    row = graph.add_node("Unsqueeze", [_score_of_hidden(graph, item), axes], f"{base}.Unsqueeze")
+    length = graph.add_node("Shape", [item.query], f"{base}.Shape", start=1, end=2)
+    one = graph.add_constant(f"{base}.one", np.array([1], np.int64))
+    shape = graph.add_node("Concat", [one, one, length, one], f"{base}.Concat", axis=0)
+    return graph.add_node("Expand", [row, shape], f"{base}.Expand")

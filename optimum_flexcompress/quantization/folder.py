@@ -1,0 +1,97 @@
+"""From a model folder to an int8 folder in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..output import check_output_folder
+from .configuration import FlexORTQuantizationConfig
+from .ort import FileReport, FlexORTQuantizer
+
+
+@dataclass
+class QuantizedFolder:
+    """What [`quantize_folder`] wrote.
+
+    Attributes:
+        path: The folder.
+        config: The settings, with the target that was chosen.
+        files: What was done to each file, by name.
+    """
+
+    path: Path
+    config: FlexORTQuantizationConfig
+    files: dict[str, FileReport]
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        lines = []
+        for name, file in self.files.items():
+            products = file.static + file.dynamic + sum(file.fused.values())
+            kind = "static" if file.static and not file.dynamic else "dynamic" if not file.static else "mixed"
+            parts = [
+                f"{name}: {file.bytes_before / 1e6:.1f} MB -> {file.bytes_after / 1e6:.1f} MB",
+                f"{products} int8 products ({kind})",
+            ]
+            if file.tables:
+                parts.append(f"{file.tables} int8 embedding tables")
+            if file.attentions:
+                parts.append(f"{file.attentions} attentions fused")
+            if file.first_token_only:
+                parts.append("last layer cut to the first token")
+            lines.append(", ".join(parts))
+        return "\n".join(lines)
+
+
+def quantize_folder(
+    model: PreTrainedModel | str | os.PathLike,
+    output: str | os.PathLike,
+    mode: str = "dynamic",
+    target: str = "auto",
+    *,
+    calibration_dataset: Iterable[Mapping[str, Any]] | None = None,
+    num_calibration_samples: int = 200,
+    task: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> QuantizedFolder:
+    """Exports a model if it is not ONNX yet, fuses its graphs and makes them int8.
+
+    Args:
+        model: A folder with a PyTorch model (compressed or stock) or with its ONNX files, or a model.
+        output: The folder to write; `from_pretrained` of the matching `ORTModel` class loads it as it is.
+        mode: `dynamic` or `static`.
+        target: The processor: `avx2`, `avx512`, `avx512_vnni`, `arm64`, `tensorrt`, or `auto` for this machine's.
+        calibration_dataset: For static mode: tokenised, unpadded examples, such as a split of
+            [`Prepared.dataset`](~optimum_flexcompress.tasks.Prepared).
+        num_calibration_samples: How many of them are used at most.
+        task: For the export, where the model's class does not tell it.
+        overwrite: Whether `output` may be replaced.
+        progress: Whether progress is shown.
+        **options: Further fields of [`FlexORTQuantizationConfig`], such as `per_channel=False`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FlexCompressError: See [`FlexORTQuantizer.from_pretrained`] and [`FlexORTQuantizer.quantize`].
+    """
+    check_output_folder(output, overwrite=overwrite)
+    config = FlexORTQuantizer.read_config(None, {"mode": mode, "target": target, **options})
+    quantizer = FlexORTQuantizer.from_pretrained(model, task=task)
+    path = quantizer.quantize(
+        config,
+        output,
+        calibration_dataset=calibration_dataset,
+        num_calibration_samples=num_calibration_samples,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return QuantizedFolder(path, config, quantizer.reports)

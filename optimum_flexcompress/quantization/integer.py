@@ -1,0 +1,302 @@
+"""Replaces matrix products and embedding tables of an ONNX graph by int8 ones, for ONNX Runtime's CPU kernels.
+
+Weights are int8, one scale for each output feature. Activations are uint8: their range is taken from the tensor itself
+at run time (dynamic), or from calibration (static). Sums are 32-bit integers, and what leaves an operator is single
+precision again, bias included, so that everything between the products stays as exact as it was.
+
+Writing these operators directly, where ONNX Runtime's quantizer writes four to six standard ones, keeps the bias inside
+the product and shares the rounding of an activation between the products that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ..export.graph import MICROSOFT, add_domain, attribute, outer_names, subgraphs, to_array
+from .weights import quantize_symmetric, unsigned_range
+
+
+Range = tuple[float, float]
+# Smaller tables save nothing, and T5 keeps its 32 position biases in one.
+MIN_TABLE_ROWS = 48
+
+
+@dataclass(frozen=True)
+class IntegerOptions:
+    """How [`quantize_integer`] rounds.
+
+    Attributes:
+        per_channel: One weight scale for each output feature instead of one for the matrix.
+        reduce_range: 7-bit weights, for processors without VNNI.
+        embeddings: Whether embedding tables become int8, with one scale for each row.
+        pairs: Whether products stay standard operators, with QuantizeLinear and DequantizeLinear pairs on their inputs
+            (symmetric int8), for runtimes such as TensorRT that make int8 kernels of such pairs themselves. Products
+            whose range is not known stay in single precision.
+        exclude: Names of nodes to leave in single precision.
+    """
+
+    per_channel: bool = True
+    reduce_range: bool = False
+    embeddings: bool = True
+    pairs: bool = False
+    exclude: frozenset[str] = frozenset()
+
+
+DEFAULT_OPTIONS = IntegerOptions()
+
+
+@dataclass
+class _Product:
+    """A matrix product with a constant right factor, and the sum with its bias."""
+
+    nodes: list[NodeProto]
+    source: str
+    weight: str
+    transposed: bool
+    bias: str | None
+    output: str
+
+
+def products_of(model: ModelProto, options: IntegerOptions = DEFAULT_OPTIONS) -> dict[str, str]:
+    """The products of the main graph that can be computed in int8.
+
+    Returns:
+        Their left factors, by the name of the node: the tensors to calibrate.
+    """
+    scope = _Scope(model.graph, {}, options)
+    return {product.nodes[0].name: product.source for product in scope.products}
+
+
+def quantize_integer(
+    model: ModelProto, options: IntegerOptions = DEFAULT_OPTIONS, ranges: Mapping[str, Range] | None = None
+) -> dict[str, int]:
+    """Makes a model int8, in place; sub-graphs (merged decoders) too.
+
+    Args:
+        model: A model in single precision.
+        options: How to round.
+        ranges: `(low, high)` of activations, by tensor name: these are rounded with constant scales. The range of all
+            others is taken at run time.
+
+    Returns:
+        How many of each were made int8: `static`, `dynamic` (products) and `tables`.
+    """
+    counts = {"static": 0, "dynamic": 0, "tables": 0}
+    rounded: dict[tuple[str, bool], tuple[str, str]] = {}
+    _quantize_graph(model.graph, {}, options, dict(ranges or {}), counts, model.graph, rounded)
+    _drop_unused_initializers(model.graph)
+    if (counts["static"] or counts["dynamic"]) and not options.pairs:
+        add_domain(model, MICROSOFT)
+    return counts
+
+
+class _Scope:
+    """What a graph can see: its constants and those of the graphs around it."""
+
+    def __init__(self, graph: GraphProto, outer: Mapping[str, TensorProto], options: IntegerOptions):
+        self.graph = graph
+        self.constants: dict[str, TensorProto] = dict(outer)
+        self.constants.update({tensor.name: tensor for tensor in graph.initializer})
+        for node in graph.node:
+            if node.op_type == "Constant" and node.attribute[0].name == "value":
+                self.constants[node.output[0]] = node.attribute[0].t
+        self.readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in {*node.input, *outer_names(node)}:
+                self.readers.setdefault(name, []).append(node)
+        self.outputs = {value.name for value in graph.output}
+        self.products = [
+            product
+            for node in graph.node
+            if node.name not in options.exclude and (product := self._product(node)) is not None
+        ]
+
+    def matrix(self, name: str) -> TensorProto | None:
+        tensor = self.constants.get(name)
+        is_matrix = tensor is not None and tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2
+        return tensor if is_matrix else None
+
+    def _product(self, node: NodeProto) -> _Product | None:
+        if node.op_type == "MatMul" and self.matrix(node.input[1]) is not None:
+            product = _Product([node], node.input[0], node.input[1], False, None, node.output[0])
+            readers = self.readers.get(node.output[0], [])
+            if len(readers) == 1 and readers[0].op_type == "Add" and node.output[0] not in self.outputs:
+                other = [name for name in readers[0].input if name != node.output[0]]
+                columns = self.matrix(node.input[1]).dims[1]
+                if len(other) == 1 and self._is_vector(other[0], columns):
+                    product.nodes.append(readers[0])
+                    product.bias, product.output = other[0], readers[0].output[0]
+            return product
+        if node.op_type == "Gemm" and self.matrix(node.input[1]) is not None:
+            transposed = bool(attribute(node, "transB", 0))
+            columns = self.matrix(node.input[1]).dims[0 if transposed else 1]
+            bias = node.input[2] if len(node.input) > 2 and node.input[2] else None
+            plain = attribute(node, "alpha", 1.0) == 1.0 and attribute(node, "beta", 1.0) == 1.0
+            if plain and not attribute(node, "transA", 0) and (bias is None or self._is_vector(bias, columns)):
+                return _Product([node], node.input[0], node.input[1], transposed, bias, node.output[0])
+        return None
+
+    def _is_vector(self, name: str, size: int) -> bool:
+        tensor = self.constants.get(name)
+        return tensor is not None and list(tensor.dims) == [size]
+
+
+def _quantize_graph(
+    graph: GraphProto,
+    outer: Mapping[str, TensorProto],
+    options: IntegerOptions,
+    ranges: Mapping[str, Range],
+    counts: dict[str, int],
+    home: GraphProto,
+    rounded: dict[tuple[str, bool], tuple[str, str]],
+) -> None:
+    scope = _Scope(graph, outer, options)
+    for node in graph.node:
+        for inner in subgraphs(node):
+            # Calibration measures tensors of the main graph only.
+            _quantize_graph(inner, scope.constants, options, {}, counts, home, rounded)
+    writer = _Writer(scope, options, ranges, counts, home, rounded)
+    by_node = {id(product.nodes[-1]): product for product in scope.products}
+    replaced = {id(node) for product in scope.products for node in product.nodes}
+    for node in graph.node:
+        if id(node) in by_node:
+            writer.product(by_node[id(node)])
+        elif id(node) not in replaced and not writer.table(node):
+            writer.nodes.append(node)
+    nodes = list(writer.nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+class _Writer:
+    """Writes the nodes of one graph anew; new constants go to the main graph, where every graph sees them."""
+
+    def __init__(self, scope, options, ranges, counts, home, rounded):
+        self.scope, self.options, self.ranges, self.counts = scope, options, ranges, counts
+        self.home, self.rounded = home, rounded
+        self.nodes: list[NodeProto] = []
+        self.sources: dict[str, tuple[str, str, str]] = {}
+        self.uses: dict[str, int] = {}
+        for product in scope.products:
+            self.uses[product.source] = self.uses.get(product.source, 0) + 1
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        self.home.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def _add(self, op_type: str, inputs: list[str], outputs: list[str], name: str, domain: str = "", **kwargs) -> None:
+        self.nodes.append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **kwargs))
+
+    def _weight(self, product: _Product) -> tuple[str, str]:
+        key = (product.weight, product.transposed)
+        if key not in self.rounded:
+            weight = to_array(self.scope.constants[product.weight])
+            weight = weight.T if product.transposed else weight
+            values, scale = quantize_symmetric(
+                weight, 1 if self.options.per_channel else None, self.options.reduce_range
+            )
+            base = f"{product.weight}{'.T' if product.transposed else ''}"
+            self.rounded[key] = (
+                self._constant(f"{base}_quantized", values),
+                self._constant(f"{base}_scale", scale),
+            )
+        return self.rounded[key]
+
+    def _source(self, tensor: str) -> tuple[str, str, str]:
+        """The rounded activation, its scale and its zero point; made once for all that read it."""
+        if tensor not in self.sources:
+            names = (f"{tensor}_quantized", f"{tensor}_scale", f"{tensor}_zero_point")
+            if tensor in self.ranges:
+                scale, zero = unsigned_range(*self.ranges[tensor])
+                self._constant(names[1], np.asarray(scale))
+                self._constant(names[2], np.asarray(zero))
+                self._add("QuantizeLinear", [tensor, *names[1:]], [names[0]], f"{tensor}_QuantizeLinear")
+            else:
+                self._add("DynamicQuantizeLinear", [tensor], list(names), f"{tensor}_DynamicQuantizeLinear")
+            self.sources[tensor] = names
+        return self.sources[tensor]
+
+    def product(self, product: _Product) -> None:
+        if self.options.pairs:
+            self._product_with_pairs(product)
+            return
+        weight, scale = self._weight(product)
+        static = product.source in self.ranges
+        self.counts["static" if static else "dynamic"] += 1
+        name = f"{product.nodes[0].name}_quantized"
+        bias = [product.bias] if product.bias else []
+        if static or self.uses[product.source] > 1:
+            values, source_scale, zero = self._source(product.source)
+            inputs = [values, weight, source_scale, scale, zero, *(["", *bias] if bias else [])]
+            self._add("MatMulIntegerToFloat", inputs, [product.output], name, MICROSOFT)
+        else:
+            inputs = [product.source, weight, scale, *(["", *bias] if bias else [])]
+            self._add("DynamicQuantizeMatMul", inputs, [product.output], name, MICROSOFT)
+
+    def _product_with_pairs(self, product: _Product) -> None:
+        if product.source not in self.ranges:
+            self.nodes.extend(product.nodes)
+            return
+        self.counts["static"] += 1
+        name = product.nodes[0].name
+        scale = np.float32(max(map(abs, self.ranges[product.source])) / 127 or 1.0)
+        source = self._pair(product.source, f"{name}_input", np.asarray(scale), None)
+        # TensorRT wants both halves of the pair on weights too, and folds them.
+        axis = (0 if product.transposed else 1) if self.options.per_channel else None
+        weight_scale = quantize_symmetric(to_array(self.scope.constants[product.weight]), axis)[1]
+        weight = self._pair(product.weight, f"{name}_weight", weight_scale, axis)
+        copy = NodeProto()
+        copy.CopyFrom(product.nodes[0])
+        copy.input[0], copy.input[1] = source, weight
+        self.nodes.extend([copy, *product.nodes[1:]])
+
+    def _pair(self, tensor: str, name: str, scale: np.ndarray, axis: int | None) -> str:
+        scale_name = self._constant(f"{name}_scale", scale)
+        zero_name = self._constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8))
+        kwargs = {} if axis is None else {"axis": axis}
+        outputs = [f"{name}_quantized", f"{name}_dequantized"]
+        self._add("QuantizeLinear", [tensor, scale_name, zero_name], outputs[:1], f"{name}_QuantizeLinear", **kwargs)
+        names = [outputs[0], scale_name, zero_name]
+        self._add("DequantizeLinear", names, outputs[1:], f"{name}_DequantizeLinear", **kwargs)
+        return outputs[1]
+
+    def table(self, node: NodeProto) -> bool:
+        """Writes a lookup in an embedding table; False where `node` is something else."""
+        if node.op_type != "Gather" or not self.options.embeddings or node.name in self.options.exclude:
+            return False
+        table = self.scope.matrix(node.input[0])
+        if table is None or attribute(node, "axis", 0) != 0 or table.dims[0] < MIN_TABLE_ROWS:
+            return False
+        key = (node.input[0], False)
+        if key not in self.rounded:
+            values, scale = quantize_symmetric(to_array(table), 0)
+            self.rounded[key] = (
+                self._constant(f"{node.input[0]}_quantized", values),
+                self._constant(f"{node.input[0]}_scale", scale[:, None]),
+            )
+            self.counts["tables"] += 1
+        values, scale = self.rounded[key]
+        output = node.output[0]
+        parts = [f"{output}_quantized", f"{output}_values", f"{output}_scale"]
+        self._add("Gather", [values, node.input[1]], parts[:1], f"{node.name}_quantized", axis=0)
+        self._add("Cast", parts[:1], parts[1:2], f"{node.name}_Cast", to=TensorProto.FLOAT)
+        self._add("Gather", [scale, node.input[1]], parts[2:], f"{node.name}_scale", axis=0)
+        self._add("Mul", parts[1:], [output], f"{node.name}_Mul")
+        return True
+
+
+def _drop_unused_initializers(graph: GraphProto) -> None:
+    needed = {value.name for value in graph.output}
+    for node in graph.node:
+        needed.update(node.input)
+        needed |= outer_names(node)
+    kept = [tensor for tensor in graph.initializer if tensor.name in needed]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _drop_unused_initializers(inner)

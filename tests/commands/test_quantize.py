@@ -1,0 +1,68 @@
+"""`optimum-cli flexcompress quantize`."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+from optimum.commands.flexcompress.quantize import QuantizeCommand
+from optimum.onnxruntime import ORTModelForSequenceClassification
+
+from tests.tasks.toys import word_tokenizer
+from tests.tiny import build, inputs_for
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and `reviews.csv` with unusual column names."""
+    root = tmp_path_factory.mktemp("quantize")
+    names = {"id2label": {0: "x", 1: "y", 2: "z"}, "label2id": {"x": 0, "y": 1, "z": 2}}
+    build("bert", "BertForSequenceClassification", **names).save_pretrained(root / "model")
+    word_tokenizer().save_pretrained(root / "model")
+    (root / "reviews.csv").write_text("opinion,verdict\nthe film was good,x\nbad plot,y\nvery bad,z\n")
+    return root
+
+
+def run(*arguments) -> int:
+    parser = argparse.ArgumentParser("optimum-cli")
+    QuantizeCommand(parser.add_subparsers())
+    try:
+        args = parser.parse_args(["quantize", *map(str, arguments)])
+        args.func(args).run()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_an_int8_folder_that_loads(folder, tmp_path, capsys, mode):
+    data = ["--dataset", folder / "reviews.csv", "--columns", "text=opinion", "label=verdict", "--samples", "2"]
+    code = run("-m", folder / "model", "--mode", mode, "-o", tmp_path / "int8", *(data if mode == "static" else []))
+    out = capsys.readouterr().out
+    assert code == 0 and f"int8 products ({mode})" in out and "threads; torch" in out
+    model = ORTModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+    assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
+    assert torch.isfinite(model(**inputs_for(build("bert", "BertForSequenceClassification"))).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "ortt"], "'ortt' is no quantization backend. Did you mean \"ort\"?"),
+        (["--mode", "static"], "--mode static needs calibration examples: give --dataset, or choose dynamic."),
+        (["--mode", "statik"], 'Did you mean "static"?'),
+        (["--target", "avx"], "'avx' is no quantization target."),
+        (["--mode", "static", "--dataset", "reviews.csv", "--split", "dev"], "has no split 'dev'"),
+        (["--mode", "static", "--dataset", "reviews.csv", "--samples", "0"], "at least 1 example"),
+        (["--columns", "text"], "write it as ROLE=NAME"),
+        (["-m", "nothing-here/at-all"], "nothing-here/at-all"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(folder, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = run("-m", folder / "model", "-o", tmp_path / "int8", *arguments)
+    error = capsys.readouterr().err.strip()
+    assert code == 1 and message in error and error.startswith("error: ") and "\n" not in error
+    assert list(tmp_path.iterdir()) == []

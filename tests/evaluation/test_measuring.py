@@ -1,0 +1,151 @@
+"""The machine, the clock, the memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from optimum_flexcompress.errors import FlexCompressError
+from optimum_flexcompress.evaluation import environment_info, measure_peak_memory, measure_side_by_side
+from optimum_flexcompress.evaluation.environment import busy_cores, describe_environment
+from optimum_flexcompress.evaluation.latency import Timing
+from optimum_flexcompress.evaluation.workloads import StreamRun
+
+
+def test_the_environment_names_machine_threads_and_versions():
+    info = environment_info(threads=3)
+    assert json.loads(json.dumps(info)) == info
+    assert info["threads"] == 3 and environment_info()["threads"] == torch.get_num_threads()
+    assert info["versions"]["torch"] == torch.__version__
+    assert 1 <= info["usable_cores"] <= info["cores"]
+    assert "3 threads" in describe_environment(info) and torch.__version__ in describe_environment(info)
+
+
+def test_flags_come_from_the_processor(monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name : Some CPU\nflags : fpu avx2 avx512_vnni amx_int8\n")
+    monkeypatch.setattr("optimum_flexcompress.evaluation.environment.Path", lambda name: cpuinfo)
+    info = environment_info()
+    assert info["cpu"] == "Some CPU" and info["flags"] == ["avx2", "avx512_vnni", "amx_int8"]
+    cpuinfo.write_text("Features : fp asimd asimddp i8mm\n")
+    assert environment_info()["flags"] == ["asimd", "asimddp", "i8mm"]
+
+
+def test_a_busy_machine_is_said():
+    spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.2)
+        assert busy_cores(0.5) > 0.4
+    finally:
+        spinning.kill()
+        spinning.wait()
+    assert "not to be relied on" in describe_environment({**environment_info(), "busy_cores": 1.4})
+    assert "not to be relied on" not in describe_environment({**environment_info(), "busy_cores": 0.1})
+
+
+def test_candidates_take_turns():
+    order = []
+    timings = measure_side_by_side(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
+        rounds=4,
+        warmup=1,
+        min_sample_seconds=0.0,
+        progress=False,
+    )
+    assert {name: timing.samples for name, timing in timings.items()} == {"a": 4, "b": 4}
+    # The warm-up of each; then in every round two untimed calls and a timed one, starting with another one each time.
+    measured = "".join(order).removeprefix("aaabbb")
+    assert measured == ("aaabbb" + "bbbaaa") * 2
+
+
+def test_ratios_of_known_times():
+    timings = measure_side_by_side(
+        {"slow": lambda: time.sleep(0.012), "fast": lambda: time.sleep(0.004)},
+        rounds=5,
+        min_sample_seconds=0.004,
+        progress=False,
+    )
+    assert timings["fast"].median == pytest.approx(0.004, rel=0.5)
+    assert timings["fast"].speedup_over(timings["slow"]) == pytest.approx(3, rel=0.4)
+    assert timings["slow"].speedup_over(timings["slow"]) == 1.0
+
+
+def test_ratios_are_taken_within_rounds():
+    # A machine that gets three times slower halfway: medians of each would mix the two halves.
+    slow, fast = Timing.of([2, 2, 6, 6, 6], 1, 1), Timing.of([1, 1, 3, 3, 3], 1, 1)
+    assert fast.speedup_over(slow) == 2.0
+    assert (slow.median, slow.iqr) == (6.0, 4.0)
+    with pytest.raises(ValueError, match="side by side"):
+        fast.speedup_over(Timing.of([1.0], 1, 1))
+
+
+def test_short_calls_are_repeated_and_long_measurements_cut():
+    timing = measure_side_by_side({"a": lambda: None}, rounds=3, min_sample_seconds=1e-4, progress=False)["a"]
+    assert timing.calls > 10
+    slow = measure_side_by_side(
+        {"a": lambda: time.sleep(0.02)}, rounds=50, max_seconds=0.2, min_sample_seconds=0.0, progress=False
+    )
+    assert 3 <= slow["a"].samples <= 5
+
+
+def test_threads_are_those_asked_for():
+    seen = []
+    measure_side_by_side({"a": lambda: seen.append(torch.get_num_threads())}, rounds=3, threads=2, progress=False)
+    assert set(seen) == {2} and torch.get_num_threads() == 1
+
+
+def test_nothing_to_time():
+    with pytest.raises(FlexCompressError, match="nothing to time"):
+        measure_side_by_side({})
+    with pytest.raises(FlexCompressError, match="at least 3"):
+        measure_side_by_side({"a": lambda: None}, rounds=2)
+
+
+def test_a_stream_times_each_request():
+    run = StreamRun([lambda: time.sleep(0.001), lambda: time.sleep(0.006)])
+    for _ in range(3):
+        run()
+    first, second = run.per_row(2)
+    assert np.asarray(run.passes).shape == (3, 2) and first < second
+
+
+def test_memory_grows_with_the_model(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    def save(name, vocabulary):
+        config = BertConfig(
+            vocab_size=vocabulary, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        )
+        BertModel(config).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    # 64 MB apart in weights.
+    small, large = (
+        measure_peak_memory(save(name, vocabulary), "feature-extraction", length=16, threads=1)
+        for name, vocabulary in (("small", 1000), ("large", 251000))
+    )
+    assert large["model"] - small["model"] == pytest.approx(64e6, rel=0.25)
+    assert small["peak"] == small["imports"] + small["model"]
+
+
+def test_a_failed_measurement_says_why(tmp_path, monkeypatch):
+    with pytest.raises(FlexCompressError, match="neither PyTorch nor ONNX"):
+        measure_peak_memory(tmp_path, "fill-mask")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback ...\nMemoryError: out of it\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(FlexCompressError, match="could not be measured: MemoryError: out of it"):
+        measure_peak_memory(tmp_path, "fill-mask")
+
+    def never_ends(command, timeout, **kwargs):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", never_ends)
+    with pytest.raises(FlexCompressError, match="longer than 5 s"):
+        measure_peak_memory(tmp_path, "fill-mask", timeout=5)

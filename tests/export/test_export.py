@@ -1,0 +1,192 @@
+"""The family matrix: ONNX computes what PyTorch computes, at lengths other than the traced ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import optimum.onnxruntime
+import pytest
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM
+
+from optimum_flexcompress import (
+    FlexCompressError,
+    FlexORTModelForCausalLM,
+    FlexORTModelForSeq2SeqLM,
+    Kept,
+    KeptLayer,
+    select,
+)
+from optimum_flexcompress.architectures import describe
+from optimum_flexcompress.export import export_onnx
+from tests.export.exported import KINDS, generate, make, run
+from tests.tasks.toys import word_tokenizer
+from tests.tiny import ALL, GENERATIVE, build, inputs_for, outputs_of
+
+
+DECODERS = [pair for pair in GENERATIVE if pair[0] not in ("t5", "t5-gated-untied", "bart")]
+ENCODER_DECODERS = [pair for pair in GENERATIVE if pair not in DECODERS]
+ONE_FILE = [pair for pair in ALL if pair not in ENCODER_DECODERS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "name"), ONE_FILE)
+def test_outputs_equal_pytorch(exported, family, name, kind):
+    model, folder = exported(family, name, kind)
+    for batch, length in ((1, 5), (4, 13)):
+        inputs = inputs_for(model, seed=batch, batch=batch, length=length)
+        if "position_ids" in inputs_of(folder):
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        actual, compared = run(folder / "model.onnx", inputs), 0
+        for output, expected in outputs_of(model, inputs).items():
+            # Poolers and the like are not part of the task's ONNX outputs.
+            if output in actual:
+                compared += 1
+                np.testing.assert_allclose(actual[output], expected.numpy(), atol=1e-4, rtol=1e-4)
+        assert compared
+
+
+def inputs_of(folder) -> list[str]:
+    from optimum_flexcompress.export.probe import open_session
+
+    return [value.name for value in open_session(folder / "model.onnx").get_inputs()]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "name"), DECODERS)
+def test_decoders_generate_what_pytorch_generates(exported, family, name, kind, beams):
+    model, folder = exported(family, name, kind)
+    onnx_model = FlexORTModelForCausalLM.from_pretrained(folder)
+    for left in (True, False):
+        torch.testing.assert_close(
+            generate(onnx_model, beams=beams, left=left), generate(model, beams=beams, left=left)
+        )
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "name"), ENCODER_DECODERS)
+def test_encoder_decoders_generate_what_pytorch_generates(exported, family, name, kind, beams):
+    model, folder = exported(family, name, kind)
+    expected = generate(model, beams=beams)
+    for merged in (True, False):
+        onnx_model = FlexORTModelForSeq2SeqLM.from_pretrained(folder, use_merged=merged)
+        torch.testing.assert_close(generate(onnx_model, beams=beams), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "flex_class"),
+    [
+        ("gpt2", "GPT2LMHeadModel", FlexORTModelForCausalLM),
+        ("llama", "LlamaForCausalLM", FlexORTModelForCausalLM),
+        ("bart", "BartForConditionalGeneration", FlexORTModelForSeq2SeqLM),
+    ],
+)
+def test_bound_inputs_and_outputs_have_true_shapes(exported, family, name, flex_class):
+    model, folder = exported(family, name, "compressed")
+    onnx_model = flex_class.from_pretrained(folder, use_io_binding=True)
+    torch.testing.assert_close(generate(onnx_model), generate(model))
+
+
+def test_stock_classes_run_stock_exports(exported):
+    model, folder = exported("gpt2", "GPT2LMHeadModel", "stock")
+    torch.testing.assert_close(generate(ORTModelForCausalLM.from_pretrained(folder)), generate(model))
+    model, folder = exported("bart", "BartForConditionalGeneration", "stock")
+    torch.testing.assert_close(generate(ORTModelForSeq2SeqLM.from_pretrained(folder)), generate(model))
+
+
+def test_an_encoder_runs_in_the_stock_class(exported):
+    model, folder = exported("bert", "BertForSequenceClassification", "compressed")
+    inputs = inputs_for(model)
+    onnx_model = optimum.onnxruntime.ORTModelForSequenceClassification.from_pretrained(folder)
+    torch.testing.assert_close(onnx_model(**inputs).logits, outputs_of(model, inputs)["logits"], atol=1e-4, rtol=1e-4)
+
+
+def without_attention(kind: str):
+    model = build("bart", "BartForConditionalGeneration")
+    layers = [KeptLayer(index) for index in range(3)]
+    setattr(layers[1], kind, [])
+    return select(model, Kept(stacks={"decoder": layers}))
+
+
+@pytest.mark.parametrize(("kind", "said"), [("attention", "self-attention"), ("cross_attention", "cross-attention")])
+def test_a_decoder_layer_without_an_attention(kind, said, tmp_path):
+    model = without_attention(kind)
+    with pytest.raises(FlexCompressError, match=f"Decoder layer 1 has no {said}.*use_cache=False"):
+        export_onnx(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    # The other way out that the message names.
+    export_onnx(model, tmp_path / "out", use_cache=False)
+    onnx_model = FlexORTModelForSeq2SeqLM.from_pretrained(tmp_path / "out", use_cache=False)
+    torch.testing.assert_close(generate(onnx_model), generate(model))
+
+
+def test_the_model_is_left_as_it_was(tmp_path):
+    model = make("t5", "T5ForConditionalGeneration", "compressed")
+    model.train()
+    model.encoder.eval()
+    before = [module.training for module in model.modules()], model.config.to_dict(), model.generation_config.to_dict()
+    export_onnx(model, tmp_path / "out")
+    after = [module.training for module in model.modules()], model.config.to_dict(), model.generation_config.to_dict()
+    assert after == before
+
+
+def test_half_precision_is_exported_in_single(tmp_path):
+    model = build("bert", "BertForSequenceClassification").to(torch.bfloat16)
+    export_onnx(model, tmp_path / "out")
+    inputs = inputs_for(model)
+    expected = outputs_of(model.float(), inputs)["logits"].numpy()
+    assert model.dtype == torch.float32
+    np.testing.assert_allclose(run(tmp_path / "out" / "model.onnx", inputs)["logits"], expected, atol=1e-4)
+
+
+def test_a_saved_folder_with_its_processor(tmp_path):
+    model = make("bert", "BertForTokenClassification", "compressed")
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    files = export_onnx(tmp_path / "model", tmp_path / "out")
+    assert files == [tmp_path / "out" / "model.onnx"]
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    inputs = inputs_for(model)
+    expected = outputs_of(model, inputs)["logits"].numpy()
+    np.testing.assert_allclose(run(files[0], inputs)["logits"], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_wrong_graph_is_not_written(tmp_path):
+    # Nothing agrees to 1e-30: stands for an export that went wrong.
+    with pytest.raises(FlexCompressError, match="does not compute what the PyTorch model computes"):
+        export_onnx(build("bert", "BertModel"), tmp_path / "out", atol=1e-30)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("text-clasification", 'is not a task. Did you mean "text-classification"?'),
+        ("image-classification", "A bert model cannot be exported for image-classification: choose one of"),
+    ],
+)
+def test_a_task_that_cannot_be(task, message, tmp_path):
+    with pytest.raises(FlexCompressError) as caught:
+        export_onnx(build("bert", "BertModel"), tmp_path / "out", task=task)
+    assert message in str(caught.value)
+
+
+def test_an_unfit_output_or_model(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    with pytest.raises(FlexCompressError, match="is not empty"):
+        export_onnx(build("bert", "BertModel"), tmp_path / "full")
+    with pytest.raises(FlexCompressError, match=r"no config\.json"):
+        export_onnx(tmp_path / "full", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_cache_inputs_have_one_shape_for_each_layer(exported):
+    model, folder = exported("llama", "LlamaForCausalLM", "compressed")
+    onnx_model = FlexORTModelForCausalLM.from_pretrained(folder)
+    layers = describe(model).stacks["decoder"].layers
+    heads = [layer.attention.num_kv_heads for layer in layers if layer.attention is not None]
+    shapes = [onnx_model.input_shapes[f"past_key_values.{index}.key"][1] for index in range(len(heads))]
+    assert shapes == heads and len(set(heads)) > 1 and len(heads) < len(layers)
