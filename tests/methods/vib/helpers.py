@@ -51,7 +51,7 @@ def trainer_of(
     folder, family="bert", settings=None, others=(), steps=80, teacher=None, data=None, model=None, **kwargs
 ) -> FlexCompressTrainer:
     """A trainer of a toy with VIB pruning."""
-    model = model if model is not None else model_of(family, layers=2, hidden=32, heads=4, spread=1.0)
+    model = model if model is not None else model_of(family, layers=2, hidden=32, heads=4)
     data = data if data is not None else data_of(family, 32)
     config = FlexCompressConfig(methods=[config_of(**(settings or {})), *others])
     extra = {name: kwargs.pop(name) for name in ("callbacks", "compute_metrics") if name in kwargs}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, TrainingArguments
 
 from optimum_flexcompress.errors import FlexCompressError
@@ -13,6 +14,7 @@ from optimum_flexcompress.methods.vib import VIBPruningMethod
 from optimum_flexcompress.methods.vib.constraint import SizeConstraint, movable
 from optimum_flexcompress.methods.vib.schedule import Schedule, minimum_steps
 from tests.methods.vib.helpers import config_of
+from tests.tiny import build, inputs_for
 
 
 TARGET, STEPS = 0.7, 400
@@ -143,3 +145,29 @@ def test_too_few_steps_name_how_many_it_takes(mode):
     needed = int(str(error.value).split("at least ")[1].split(" steps")[0])
     Schedule.of(config, 0.5, [], needed + 2)
     assert minimum_steps(config) == 100
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Fails where a value would be read back from the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert "_local_scalar_dense" not in name and "nonzero" not in name, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(tmp_path):
+    model = build("vit", "ViTForImageClassification").train()
+    method = VIBPruningMethod(config_of())
+    method.prepare(PrepareContext(model, None, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])))
+    method.start(100)
+    method.attach(model)
+    inputs = inputs_for(model)
+    with _NoWaiting():
+        for step in (0, 60):
+            output = model(**inputs)
+            terms = method.loss_terms(Step(model, inputs, step, 100, 0, FULL_PASS, 0, {}))
+            (output.logits.sum() + sum(term.weight * term.value for term in terms.values())).backward()
+            method.on_step(step + 1, 100)
+    with pytest.raises(AssertionError, match="waits"), _NoWaiting():
+        method.log_values()
