@@ -51,6 +51,21 @@ def write_sizes(model: PreTrainedModel, structure: ModelStructure, sources: Mapp
         _set_stack_layers(architecture, model, structure, name)
 
 
+def is_stock(model: PreTrainedModel, structure: ModelStructure) -> bool:
+    """Whether a stock configuration gives a model of this class the sizes of `structure`, layers kept in place."""
+    architecture = find_architecture(model.config.model_type)
+    return _stock_config(architecture, model, model.config, structure) is not None
+
+
+def width_is_free(model: PreTrainedModel) -> bool:
+    """Whether a stock configuration can express another width at all: in some models a constant depends on it."""
+    architecture = find_architecture(model.config.model_type)
+    narrow = copy.deepcopy(model.config)
+    for key in architecture.hidden_size:
+        setattr(narrow, key, getattr(narrow, key) // 2)
+    return architecture.width_constants(narrow) == architecture.width_constants(model.config)
+
+
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     found[id(model.config)] = model.config

@@ -46,8 +46,9 @@ class VIBPruningConfig(MethodConfig):
         save_at_sparsities: On its way the run halts at each of these and writes the pruned, not fine-tuned model to
             `sparsity-<value>` below the output folder. They lie below the target.
         mask_learning_rate: Learning rate of the masks; constant up to the end of the ramp, then falling to a tenth.
-        multiplier_learning_rate: Learning rate of the ascent of the constraint's multipliers.
-        multiplier_bound: Bound of the multipliers.
+        multiplier_learning_rate: Learning rate of the ascent of the constraint's multiplier, on the scale of its
+            `arsinh`.
+        multiplier_bound: Bound of the multiplier.
         kl_weight: Weight of the KL term.
         kl_multipliers: Factors in the KL term by structure. `hidden` defaults to `2 * layers + 30`, the others to 256
             (`heads`, `sublayers`) and 1 (`ffn`).
@@ -73,7 +74,7 @@ class VIBPruningConfig(MethodConfig):
     save_at_sparsities: list[float] = field(default_factory=list)
     mask_learning_rate: float = 0.05
     multiplier_learning_rate: float = 0.1
-    multiplier_bound: float = 1000.0
+    multiplier_bound: float = 10000.0
     kl_weight: float = 1e-6
     kl_multipliers: dict[str, float] = field(default_factory=dict)
     beta: float = 0.4

@@ -115,6 +115,8 @@ class MethodRunner:
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
+        for method in self.methods:
+            method.attach(model)
         self._capture.attach()
         if self._teacher is not None:
             self._teacher.attach()
@@ -125,9 +127,21 @@ class MethodRunner:
             handle.remove()
         self._handles = []
         if self.prepared_for is not None:
+            for method in self.methods:
+                method.detach()
             self._capture.detach()
             if self._teacher is not None:
                 self._teacher.detach()
+
+    def data_share(self) -> float:
+        return min((method.data_share() for method in self.methods), default=1.0)
+
+    def least_steps(self) -> int:
+        return max((method.least_steps() for method in self.methods), default=0)
+
+    def start(self, max_steps: int) -> None:
+        for method in self.methods:
+            method.start(max_steps)
 
     # In a step
 
@@ -313,6 +327,10 @@ class MethodRunner:
     def on_step(self, step: int, max_steps: int) -> None:
         for method in self.methods:
             method.on_step(step, max_steps)
+
+    def checkpoints_due(self, step: int, max_steps: int) -> list[str]:
+        names = (method.checkpoint_due(step, max_steps) for method in self.methods)
+        return [name for name in names if name is not None]
 
     def is_ready(self) -> bool:
         return all(method.is_ready() for method in self.methods)

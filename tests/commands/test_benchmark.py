@@ -13,7 +13,21 @@ from tests.tasks.toys import word_tokenizer
 from tests.tiny import build
 
 
-QUICK = ["--batch-sizes", "1", "--lengths", "8", "--rounds", "3", "--stream-rows", "2", "--no-memory", "--max-seconds", "0.3", "--threads", "1"]
+QUICK = [
+    "--batch-sizes",
+    "1",
+    "--lengths",
+    "8",
+    "--rounds",
+    "3",
+    "--stream-rows",
+    "2",
+    "--no-memory",
+    "--max-seconds",
+    "0.3",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
