@@ -303,11 +303,11 @@ class FlexCompressMixin:
 
     def save_model(self, output_dir=None, _internal_call=False):
         runner = self._runner
-        if runner is None or runner.prepared_for is None:
+        if runner is None:
             return super().save_model(output_dir, _internal_call)
         if _internal_call:
             super().save_model(output_dir, _internal_call)
-            if self.args.should_save:
+            if self.args.should_save and runner.prepared_for is not None:
                 runner.save(output_dir)
             return None
         model = self.model
