@@ -1,0 +1,11 @@
+"""What every test starts from."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_mixed_precision(monkeypatch):
+    """`TrainingArguments(bf16=True)` sets a variable that all later trainers of the process would follow."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
