@@ -14,7 +14,9 @@ from .version import __version__
 
 
 _EXPORTS = {
-    "configuration": ["FlexCompressConfig", "DistillationConfig", "MiniLMConfig"],
+    "configuration": ["FlexCompressConfig", "DistillationConfig", "MiniLMConfig", "VIBPruningConfig"],
+    "length_config": ["LengthAdaptiveConfig"],
+    "token_dropping": ["LengthConfig", "lengths_of", "set_lengths", "using_lengths"],
     "trainer": ["FlexCompressTrainer", "FlexCompressSeq2SeqTrainer"],
     "structure": ["ModelStructure"],
     "kept": ["Kept", "KeptLayer"],
@@ -36,22 +38,30 @@ __all__ = [
     "FlexORTQuantizer",
     "Kept",
     "KeptLayer",
+    "LengthAdaptiveConfig",
+    "LengthConfig",
     "MiniLMConfig",
     "ModelStructure",
+    "VIBPruningConfig",
     "__version__",
     "keep_layers",
+    "lengths_of",
     "resize",
     "select",
+    "set_lengths",
+    "using_lengths",
 ]
 
 if TYPE_CHECKING:
-    from .configuration import DistillationConfig, FlexCompressConfig, MiniLMConfig
+    from .configuration import DistillationConfig, FlexCompressConfig, MiniLMConfig, VIBPruningConfig
     from .errors import FlexCompressError
     from .kept import Kept, KeptLayer
+    from .length_config import LengthAdaptiveConfig
     from .modeling_ort import FlexORTModelForCausalLM, FlexORTModelForSeq2SeqLM
     from .quantization import FlexORTQuantizer
     from .structure import ModelStructure
     from .surgery import keep_layers, resize, select
+    from .token_dropping import LengthConfig, lengths_of, set_lengths, using_lengths
     from .trainer import FlexCompressSeq2SeqTrainer, FlexCompressTrainer
 
 

@@ -14,6 +14,9 @@ from .structure import ModelStructure
 
 QUANT_METHOD = "flexcompress"
 
+LENGTHS_KEY = "length_config"
+"""Entry of `config.json`, and keyword of `from_pretrained`, with how many tokens each layer keeps."""
+
 
 def write_sizes(model: PreTrainedModel, structure: ModelStructure, sources: Mapping[str, Sequence[int]]) -> None:
     """Makes `model.config` describe the sizes of the model.
@@ -41,8 +44,26 @@ def write_sizes(model: PreTrainedModel, structure: ModelStructure, sources: Mapp
                 setattr(config, name, copy.deepcopy(value))
         if config is old and not hasattr(new, "quantization_config") and hasattr(config, "quantization_config"):
             del config.quantization_config
+        if config is old and hasattr(config, LENGTHS_KEY) and not hasattr(config, "quantization_config"):
+            # Sizes need no loader any more, lengths still do.
+            config.quantization_config = {"quant_method": QUANT_METHOD}
     for name in architecture.stacks:
         _set_stack_layers(architecture, model, structure, name)
+
+
+def is_stock(model: PreTrainedModel, structure: ModelStructure) -> bool:
+    """Whether a stock configuration gives a model of this class the sizes of `structure`, layers kept in place."""
+    architecture = find_architecture(model.config.model_type)
+    return _stock_config(architecture, model, model.config, structure) is not None
+
+
+def width_is_free(model: PreTrainedModel) -> bool:
+    """Whether a stock configuration can express another width at all: in some models a constant depends on it."""
+    architecture = find_architecture(model.config.model_type)
+    narrow = copy.deepcopy(model.config)
+    for key in architecture.hidden_size:
+        setattr(narrow, key, getattr(narrow, key) // 2)
+    return architecture.width_constants(narrow) == architecture.width_constants(model.config)
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:

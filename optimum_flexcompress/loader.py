@@ -2,7 +2,8 @@
 
 `config.json` of a compressed checkpoint names the method `flexcompress` under `quantization_config`. Transformers
 then asks the quantizer that is registered under that name to prepare the model, on the meta device, before weights
-are loaded; ours gives it the sizes that the checkpoint's structure says.
+are loaded; ours gives it the sizes that the checkpoint's structure says. Afterwards it sets the lengths under
+`length_config`, if there are some.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config_sizes import QUANT_METHOD
+from .config_sizes import LENGTHS_KEY, QUANT_METHOD
 from .errors import FlexCompressError
 from .structure import ModelStructure
 from .surgery import resize
+from .token_dropping import set_lengths
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -24,22 +26,23 @@ class FlexCompressStructureConfig(QuantizationConfigMixin):
     """The `quantization_config` entry of a compressed checkpoint.
 
     Args:
-        structure: What [`ModelStructure.to_dict`] returns.
+        structure: What [`ModelStructure.to_dict`] returns; `None` where the model has the sizes that `config.json`
+            says, and only drops tokens.
     """
 
     def __init__(self, structure: dict[str, Any] | None = None, **kwargs):
-        if structure is None:
-            raise FlexCompressError(
-                "config.json names the method flexcompress but holds no structure: save the model again with "
-                "save_pretrained()."
-            )
         if kwargs.keys() - {"quant_method"}:
             raise FlexCompressError(
                 f"config.json has unknown entries beside the structure ({', '.join(sorted(kwargs))}): upgrade "
                 "optimum-flexcompress."
             )
         self.quant_method = QUANT_METHOD
-        self.structure = ModelStructure.from_dict(structure).to_dict()
+        self.structure = None if structure is None else ModelStructure.from_dict(structure).to_dict()
+
+    def entry(self) -> dict[str, Any]:
+        """What stands in `config.json`."""
+        entry = {"quant_method": QUANT_METHOD}
+        return entry if self.structure is None else {**entry, "structure": self.structure}
 
 
 @register_quantizer(QUANT_METHOD)
@@ -53,8 +56,13 @@ class FlexCompressQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
-        structure = ModelStructure.from_dict(self.quantization_config.structure)
-        resize(model, structure)
+        if self.quantization_config.structure is not None:
+            resize(model, ModelStructure.from_dict(self.quantization_config.structure))
+        elif not hasattr(model.config, LENGTHS_KEY):
+            raise FlexCompressError(
+                "config.json names the method flexcompress but holds no structure and no lengths: save the model "
+                "again with save_pretrained()."
+            )
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
@@ -66,7 +74,9 @@ class FlexCompressQuantizer(HfQuantizer):
         # A dictionary, as surgery leaves it: both ways to a compressed model end in the same configuration.
         config = model.config.quantization_config
         if not isinstance(config, dict):
-            model.config.quantization_config = {"quant_method": QUANT_METHOD, "structure": config.structure}
+            model.config.quantization_config = config.entry()
+        if hasattr(model.config, LENGTHS_KEY):
+            set_lengths(model, getattr(model.config, LENGTHS_KEY))
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:

@@ -8,7 +8,7 @@ and norms take their statistics over the kept dims of the residual stream only.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -182,13 +182,18 @@ class _NormHandle:
         del self.module.forward
 
 
-def mask_norm(module: nn.Module, keep: torch.Tensor) -> _NormHandle:
-    """Makes a LayerNorm or RMS norm run over the dims where `keep` (`[hidden size]`) is 1, and return 0 elsewhere."""
+def mask_norm(module: nn.Module, keep: torch.Tensor | Callable[[], torch.Tensor]) -> _NormHandle:
+    """Makes a LayerNorm or RMS norm run over the dims where `keep` (`[hidden size]`) is 1, and return 0 elsewhere.
+
+    Args:
+        module: The norm.
+        keep: Zeros and ones, or a function that returns them when the norm runs; gradients reach them.
+    """
     centred = isinstance(module, nn.LayerNorm)
     eps = next(getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name))
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        mask = keep.to(hidden_states.device, torch.float32)
+        mask = (keep() if callable(keep) else keep).to(hidden_states.device, torch.float32)
         count = mask.sum()
         states = hidden_states.float() * mask
         if centred:
@@ -203,18 +208,45 @@ def mask_norm(module: nn.Module, keep: torch.Tensor) -> _NormHandle:
     return _NormHandle(module)
 
 
-def _mask_hidden(view: ModelView, mask: torch.Tensor) -> list:
-    keep = (mask != 0).to(mask.dtype)
+@dataclass
+class HiddenSites:
+    """The modules through which a mask on the residual stream acts.
+
+    Attributes:
+        scaled: Their outputs are multiplied by the mask: embeddings and the output projections of sub-layers.
+        kept: Their outputs are multiplied by what is kept: other projections onto the same dims.
+        norms: They run over the kept dims.
+    """
+
+    scaled: list[nn.Module]
+    kept: list[nn.Module]
+    norms: list[nn.Module]
+
+
+def hidden_sites(view: ModelView) -> HiddenSites:
+    """Finds the modules through which a mask on the residual stream acts.
+
+    Raises:
+        UnsupportedArchitectureError: A task head that the family's table does not know.
+    """
     writers = {id(module) for module in _writers(view)}
-    handles = [mask_output(module, mask) for module in view.embedding_outputs()]
+    sites = HiddenSites(view.embedding_outputs(), [], [])
     for item, sides in hidden_sides(view).values():
         if isinstance(item, nn.Parameter | nn.Embedding | nn.Conv2d | RemovedModule) or "out" not in sides:
             continue
         if next(iter(item.parameters(recurse=False))).dim() == 1:
-            handles.append(mask_norm(item, keep))
+            sites.norms.append(item)
         else:
-            handles.append(mask_output(item, mask if id(item) in writers else keep))
-    return handles
+            (sites.scaled if id(item) in writers else sites.kept).append(item)
+    return sites
+
+
+def _mask_hidden(view: ModelView, mask: torch.Tensor) -> list:
+    keep = (mask != 0).to(mask.dtype)
+    sites = hidden_sites(view)
+    handles = [mask_output(module, mask) for module in sites.scaled]
+    handles += [mask_output(module, keep) for module in sites.kept]
+    return handles + [mask_norm(module, keep) for module in sites.norms]
 
 
 # -- Folding ------------------------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .config_sizes import LENGTHS_KEY
 from .errors import UnsupportedArchitectureError
 from .structure import ModelStructure, count_parameters
+from .token_dropping import lengths_of
 
 
 TAG = "optimum-flexcompress"
@@ -41,7 +43,8 @@ def write_model_card(
     path = Path(folder) / "README.md"
     if path.exists() and TAG not in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []):
         return None
-    needs_plugin = hasattr(model.config, "quantization_config")
+    needs_plugin = "structure" in (getattr(model.config, "quantization_config", None) or {})
+    drops = hasattr(model.config, LENGTHS_KEY)
     if base_model is not None and Path(base_model).exists():
         base_model = None
     data = ModelCardData(
@@ -63,7 +66,7 @@ def write_model_card(
         "```python",
         *(
             ["import optimum_flexcompress  # pip install optimum-flexcompress; teaches from_pretrained the sizes"]
-            * needs_plugin
+            * (needs_plugin or drops)
         ),
         f"from transformers import {auto_class}",
         "",
@@ -72,8 +75,9 @@ def write_model_card(
         "",
         "Layers differ in size here, so loading asks for the import above; without it, loading stops with an error."
         if needs_plugin
-        else "It loads in Transformers without any plugin.",
+        else "It loads in Transformers without any plugin" + (", at full lengths." if drops else "."),
         "",
+        *_length_lines(model, drops),
         "## Size",
         "",
         *_sizes(model),
@@ -98,4 +102,18 @@ def _sizes(model: PreTrainedModel) -> list[str]:
         "```",
         ModelStructure.of(model).summary(),
         "```",
+    ]
+
+
+def _length_lines(model: PreTrainedModel, drops: bool) -> list[str]:
+    if not drops:
+        return []
+    lengths = lengths_of(model)
+    kept = "all tokens" if lengths is None else f"these {lengths.unit} of tokens: {list(lengths.values)}"
+    return [
+        "## Lengths",
+        "",
+        f"Its encoder can drop tokens from layer to layer. As it is, the layers keep {kept}. Another configuration is "
+        "set with `from_pretrained(..., length_config=[...])`, one count or fraction per layer.",
+        "",
     ]

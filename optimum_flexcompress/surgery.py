@@ -20,6 +20,7 @@ from .config_sizes import write_sizes
 from .errors import FlexCompressError, UnsupportedArchitectureError
 from .kept import Kept, KeptLayer, check_kept
 from .structure import ModelStructure
+from .token_dropping import dropping_stack, lengths_of, set_lengths
 
 
 def keep_layers(model: PreTrainedModel, layers: Mapping[str, Sequence[int]] | Sequence[int]) -> PreTrainedModel:
@@ -94,6 +95,9 @@ def select(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     view = describe(model)
     plan = check_kept(view, kept)
     sides = hidden_sides(view) if plan.hidden is not None else None
+    lengths = lengths_of(model)
+    if lengths is not None:
+        set_lengths(model, None)
     for name, layers in plan.stacks.items():
         stack = view.stacks[name]
         for layer in layers:
@@ -102,7 +106,11 @@ def select(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     if sides is not None:
         _shrink_hidden(view, sides, plan.hidden)
     structure = ModelStructure.of(model)
-    write_sizes(model, structure, {name: [layer.source for layer in layers] for name, layers in plan.stacks.items()})
+    sources = {name: [layer.source for layer in layers] for name, layers in plan.stacks.items()}
+    write_sizes(model, structure, sources)
+    if lengths is not None:
+        name = dropping_stack(describe(model)).name
+        set_lengths(model, lengths.layers(sources[name]) if name in sources else lengths)
     return model
 
 

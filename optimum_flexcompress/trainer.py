@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.utils.data
 from accelerate.utils import DynamoBackend
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainerCallback
 
@@ -33,6 +36,7 @@ class _MethodCallback(TrainerCallback):
         self._trainer._groups.zero_grad()
         self._trainer._runner.reset_logs()
         self._trainer._logged_step = state.global_step
+        self._trainer._runner.start(state.max_steps)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trainer = self._trainer
@@ -44,7 +48,10 @@ class _MethodCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._trainer._groups.zero_grad()
-        self._trainer._runner.on_step(state.global_step, state.max_steps)
+        runner = self._trainer._runner
+        runner.on_step(state.global_step, state.max_steps)
+        for name in runner.checkpoints_due(state.global_step, state.max_steps):
+            self._trainer.save_model(os.path.join(args.output_dir, name))
 
 
 class FlexCompressMixin:
@@ -169,6 +176,26 @@ class FlexCompressMixin:
             self._runner.prepared_for = None
             self.optimizer, self.lr_scheduler = None, None
 
+    def get_train_dataloader(self):
+        share = 1.0 if self._runner is None else self._runner.data_share()
+        if share == 1.0 or self.train_dataset is None:
+            return super().get_train_dataloader()
+        whole = self.train_dataset
+        self.train_dataset = _some_of(whole, share, self.args.data_seed or self.args.seed)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = whole
+
+    def set_initial_training_values(self, args, dataloader, total_train_batch_size):
+        values = super().set_initial_training_values(args, dataloader, total_train_batch_size)
+        max_steps = values[-1]
+        if self._runner is None or args.max_steps > 0 or max_steps >= self._runner.least_steps():
+            return values
+        args = copy.copy(args)
+        args.max_steps = self._runner.least_steps()
+        return super().set_initial_training_values(args, dataloader, total_train_batch_size)
+
     def create_optimizer(self):
         given = self.optimizer is not None
         optimizer = super().create_optimizer()
@@ -276,25 +303,33 @@ class FlexCompressMixin:
 
     def save_model(self, output_dir=None, _internal_call=False):
         runner = self._runner
-        if runner is None or runner.prepared_for is None:
+        if runner is None:
             return super().save_model(output_dir, _internal_call)
         if _internal_call:
             super().save_model(output_dir, _internal_call)
-            if self.args.should_save:
+            if self.args.should_save and runner.prepared_for is not None:
                 runner.save(output_dir)
             return None
         model = self.model
-        if runner.restructures and self.is_in_train:
-            # Asked for in the middle of training, which goes on with the model as it is.
-            self.model = runner.finalize(copy.deepcopy(model))
-        try:
+        if not (runner.restructures and self.is_in_train):
             super().save_model(output_dir, _internal_call)
-            if self.args.should_save:
-                self._write_card(output_dir if output_dir is not None else self.args.output_dir)
+            self._write_card(output_dir)
+            return None
+        # Asked for in the middle of training, which goes on with the model as it is: without its hooks, which would
+        # drag the teacher along.
+        runner.detach()
+        try:
+            self.model = runner.finalize(copy.deepcopy(model))
+            super().save_model(output_dir, _internal_call)
+            self._write_card(output_dir)
         finally:
             self.model = model
+            runner.attach()
 
-    def _write_card(self, folder: str) -> None:
+    def _write_card(self, folder: str | None) -> None:
+        if not self.args.should_save:
+            return
+        folder = folder if folder is not None else self.args.output_dir
         saved = unwrap_peft(self.model)
         methods = [method.method_type for method in self.compression_config.methods]
         write_model_card(folder, saved, methods=methods, base_model=saved.config._name_or_path or None)
@@ -308,6 +343,24 @@ class FlexCompressMixin:
         super()._load_best_model()
         if self._runner is not None:
             self._runner.load(self.state.best_model_checkpoint)
+
+
+def _some_of(dataset: Any, share: float, seed: int) -> Any:
+    """A share of a data set, chosen by a seed.
+
+    Raises:
+        FlexCompressError: The data set has no length.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise FlexCompressError(
+            f"{type(dataset).__name__} has no length, so no share of it can be taken: pass a data set that is no "
+            "stream, or take the share yourself and set data_fraction=1."
+        )
+    count = max(round(share * len(dataset)), 1)
+    indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    if hasattr(dataset, "select"):
+        return dataset.select(indices.tolist())
+    return torch.utils.data.Subset(dataset, indices.tolist())
 
 
 class FlexCompressTrainer(FlexCompressMixin, Trainer):

@@ -7,9 +7,11 @@ a model works from these tables, so a new family needs a table and no further co
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 
@@ -27,7 +29,11 @@ class AttentionTable:
         widths: Attributes of `module` with the number of query heads times the head size.
         position_bias: Name of an embedding inside `module` of the first layer that gives every head a bias per
             relative position, and which later layers are handed (T5).
-        returns_position_bias: Whether the second output of `module` is that bias, to be handed on.
+        returns_position_bias: Whether the second output of `module` (and of the layer) is that bias, to be handed on.
+        rebuild_position_bias: Computes the bias of tokens at given positions: a function of the module that owns the
+            embedding and of positions `[batch, length]`, to `[batch, heads, length, length]`.
+        scaled: Whether scores are divided by the square root of the head size.
+        maps: Index of the attention maps in what `module` returns; the entry may be missing or `None`.
     """
 
     module: str
@@ -41,6 +47,9 @@ class AttentionTable:
     widths: tuple[str, ...] = ()
     position_bias: str | None = None
     returns_position_bias: bool = False
+    rebuild_position_bias: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+    scaled: bool = True
+    maps: int = 1
 
     @property
     def fused(self) -> bool:
@@ -90,6 +99,12 @@ class StackTable:
             sub-layer keeps its norm.
         causal: Whether a token sees only those before it, with a cache of keys and values.
         final_norm: Path below the base model of the norm after the last layer.
+        mask: Name of the argument of a layer that masks padding, if there is one: `[batch, length]` with 1 for
+            tokens, or `[batch, 1, 1 or length, length]`, boolean or added to the scores.
+        hidden_output: Index of the hidden states in what a layer returns, where that is a tuple.
+        between: Where a layer takes up the residual stream between its self-attention and its feed-forward network:
+            modules below the layer with the index of the argument. Empty where it is what the norm of the
+            self-attention returns (post-LN).
     """
 
     layers: str
@@ -100,6 +115,9 @@ class StackTable:
     norm_first: bool = True
     causal: bool = False
     final_norm: str | None = None
+    mask: str | None = "attention_mask"
+    hidden_output: int = 0
+    between: tuple[tuple[str, int], ...] = ()
 
 
 def _no_constants(config: PretrainedConfig) -> tuple:
@@ -128,6 +146,9 @@ class Architecture:
         width_constants: What a stock model derives from its width besides the shapes. A width that changes one of
             these cannot be written into a stock `config.json`.
         objection: Says for a configuration why removal is not possible, or returns `None`.
+        first_token: Endings of the class names whose head (or pooler) reads the first token, and whether it reads
+            that one alone.
+        dropping_objection: Says for a configuration why its layers cannot drop tokens, or returns `None`.
     """
 
     family: str
@@ -143,3 +164,5 @@ class Architecture:
     fixed: tuple[str, ...] = ()
     width_constants: Callable[[PretrainedConfig], tuple] = _no_constants
     objection: Callable[[PretrainedConfig], str | None] = lambda config: None
+    first_token: Mapping[str, bool] = field(default_factory=dict)
+    dropping_objection: Callable[[PretrainedConfig], str | None] = lambda config: None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PretrainedConfig
+
 from .base import Architecture, AttentionTable, ConfigKeys, FeedForwardTable, StackTable
 
 
@@ -23,6 +25,25 @@ ENCODER = StackTable(
     norm_first=False,
 )
 
+FIRST_TOKEN = {
+    "ForSequenceClassification": True,
+    "ForMultipleChoice": True,
+    "ForNextSentencePrediction": True,
+    "ForPreTraining": False,
+    "Model": False,
+}
+
+
+def dropping_objection(config: PretrainedConfig) -> str | None:
+    kind = getattr(config, "position_embedding_type", "absolute")
+    if kind != "absolute":
+        return (
+            f'its attention counts distances between the tokens that are left (position_embedding_type="{kind}"): use '
+            "a model with absolute positions"
+        )
+    return None
+
+
 EMBEDDINGS = ("embeddings.word_embeddings", "embeddings.position_embeddings", "embeddings.token_type_embeddings")
 
 BERT = Architecture(
@@ -37,4 +58,6 @@ BERT = Architecture(
     writes=("embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"),
     both=("pooler.dense", "cls.predictions.transform.dense"),
     fixed=("cls.predictions.bias", "encoder.layer.*.attention.self.distance_embedding"),
+    first_token=FIRST_TOKEN,
+    dropping_objection=dropping_objection,
 )

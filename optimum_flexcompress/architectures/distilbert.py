@@ -25,6 +25,8 @@ DISTILBERT = Architecture(
             ffn=FeedForwardTable(up=(("ffn.lin1",),), down="ffn.lin2", norm="output_layer_norm"),
             config=ConfigKeys(layers=("n_layers",), heads=("n_heads",), ffn=("hidden_dim",)),
             norm_first=False,
+            mask="attn_mask",
+            hidden_output=-1,
         )
     },
     hidden_size=("dim",),
@@ -34,4 +36,5 @@ DISTILBERT = Architecture(
     reads=("classifier", "qa_outputs", "vocab_projector"),
     writes=("embeddings.LayerNorm", "vocab_layer_norm"),
     both=("pre_classifier", "vocab_transform"),
+    first_token={"ForSequenceClassification": True, "ForMultipleChoice": True, "Model": False},
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import Architecture
-from .bert import EMBEDDINGS, ENCODER
+from .bert import EMBEDDINGS, ENCODER, FIRST_TOKEN, dropping_objection
 
 
 ROBERTA = Architecture(
@@ -18,4 +18,6 @@ ROBERTA = Architecture(
     writes=("embeddings.LayerNorm", "lm_head.layer_norm"),
     both=("pooler.dense", "classifier.dense", "lm_head.dense"),
     fixed=("lm_head.bias", "encoder.layer.*.attention.self.distance_embedding"),
+    first_token=FIRST_TOKEN,
+    dropping_objection=dropping_objection,
 )

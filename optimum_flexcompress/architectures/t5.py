@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from .base import Architecture, AttentionTable, ConfigKeys, FeedForwardTable, StackTable
+
+
+def _position_bias(owner: nn.Module, positions: torch.Tensor) -> torch.Tensor:
+    """The relative bias between tokens that are no longer neighbours."""
+    bucket = owner._relative_position_bucket(
+        positions[:, None, :] - positions[:, :, None],
+        bidirectional=not owner.is_decoder,
+        num_buckets=owner.relative_attention_num_buckets,
+        max_distance=owner.relative_attention_max_distance,
+    )
+    return owner.relative_attention_bias(bucket).permute(0, 3, 1, 2)
 
 
 def _attention(layer: int, name: str, **kwargs) -> AttentionTable:
@@ -22,6 +35,9 @@ def _attention(layer: int, name: str, **kwargs) -> AttentionTable:
         head_counts=("n_heads",),
         widths=("inner_dim",),
         returns_position_bias=True,
+        rebuild_position_bias=_position_bias,
+        scaled=False,
+        maps=2,
         **kwargs,
     )
 
@@ -46,6 +62,7 @@ ENCODER = StackTable(
     ffn=_ffn(1),
     config=ConfigKeys(layers=("num_layers",), heads=("num_heads",), head_size=("d_kv",), ffn=("d_ff",)),
     final_norm="encoder.final_layer_norm",
+    between=(("layer.1", 0),),
 )
 
 T5 = Architecture(
@@ -61,6 +78,7 @@ T5 = Architecture(
             config=replace(ENCODER.config, layers=("num_decoder_layers",)),
             causal=True,
             final_norm="decoder.final_layer_norm",
+            between=(),
         ),
     },
     hidden_size=("d_model",),

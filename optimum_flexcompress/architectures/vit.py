@@ -35,6 +35,8 @@ VIT = Architecture(
                 layers=("num_hidden_layers",), heads=("num_attention_heads",), ffn=("intermediate_size",)
             ),
             final_norm="layernorm",
+            mask=None,
+            between=(("layernorm_after", 0), ("output", 1)),
         )
     },
     hidden_size=("hidden_size", "pooler_output_size"),
@@ -49,4 +51,5 @@ VIT = Architecture(
     writes=("layernorm",),
     both=("pooler.dense",),
     objection=_objection,
+    first_token={"ForImageClassification": True, "Model": False},
 )

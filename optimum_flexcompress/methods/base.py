@@ -75,8 +75,8 @@ class Needs:
     Attributes:
         teacher: Whether there has to be a teacher.
         teacher_logits: The teacher's head has to run.
-        hidden_states: Hidden states of every layer, of both models.
-        attentions: Attention maps, of both models: they attend eagerly in training steps.
+        hidden_states: Hidden states of every layer, of both models, in the full pass.
+        attentions: Attention maps, of both models, in the full pass: they attend eagerly there.
         student_projections: Projections whose outputs are captured, by keys that start with the method's name.
         teacher_projections: The same in the teacher.
         undropped_attentions: Attention modules of the student whose maps are compared: dropout on the maps is off
@@ -155,8 +155,9 @@ class CompressionMethod:
     """A compression method, driven by the trainer.
 
     The order of calls: `validate` when the trainer is built; `prepare` when training starts, then `load_state_dict`
-    where it resumes; in each step, for each of `passes`, `before_forward` and `loss_terms`, both inside the wrapped
-    forward of the model; `on_step` after the optimizer; `finalize` at the end.
+    where it resumes, `attach` and `start`; in each step, for each of `passes`, `before_forward` and `loss_terms`, both
+    inside the wrapped forward of the model, and `after_pass` when its backward is done; `on_step` and `checkpoint_due`
+    after the optimizer; `detach` and `finalize` at the end.
 
     Parameters of a method live in `modules`, outside the model: they are trained, synchronised between processes and
     kept in the trainer's checkpoints, and are no part of the saved model.
@@ -188,6 +189,30 @@ class CompressionMethod:
         """The optimizer's groups for the parameters in `modules`; each parameter is in exactly one."""
         return []
 
+    def data_share(self) -> float:
+        """The share of the training data to use, chosen by the run's seed; the least of all methods counts."""
+        return 1.0
+
+    def least_steps(self) -> int:
+        """Fewest optimizer steps where the length of the run is given in epochs."""
+        return 0
+
+    def start(self, max_steps: int) -> None:
+        """Called when the number of optimizer steps is known, before the first one, also of a run that is resumed.
+
+        Raises:
+            FlexCompressError: They are too few.
+        """
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Puts the method's own hooks on the model, for as long as training lasts, evaluations included.
+
+        They are taken away from a model that is copied or finalised.
+        """
+
+    def detach(self) -> None:
+        """Takes away what `attach` put in place."""
+
     def passes(self, step: int, max_steps: int) -> Sequence[str]:
         """Forward and backward passes of one batch, in order. At most one method of a run asks for more than one."""
         return (FULL_PASS,)
@@ -207,8 +232,19 @@ class CompressionMethod:
         """Factor of the model's own loss in this pass; the factors of all methods are multiplied."""
         return 1.0
 
+    def pass_weight(self, step: Step) -> float:
+        """Factor of the whole loss of this pass, other methods' terms included; the factors of all are multiplied."""
+        return 1.0
+
+    def after_pass(self, step: Step) -> None:
+        """Called after the backward of a pass, also where it failed: undo what `before_forward` did to the model."""
+
     def on_step(self, step: int, max_steps: int) -> None:
         """Called after each optimizer step, with the steps done so far: bound multipliers, move schedules."""
+
+    def checkpoint_due(self, step: int, max_steps: int) -> str | None:
+        """The name of a folder below the output folder where the model, finalised, is to be saved after this step."""
+        return None
 
     def log_values(self) -> dict[str, float]:
         """Values to log next to the loss terms, such as the sparsity reached. Called when the trainer logs."""

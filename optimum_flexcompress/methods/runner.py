@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ class MethodRunner:
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
+        for method in self.methods:
+            method.attach(model)
         self._capture.attach()
         if self._teacher is not None:
             self._teacher.attach()
@@ -124,9 +127,21 @@ class MethodRunner:
             handle.remove()
         self._handles = []
         if self.prepared_for is not None:
+            for method in self.methods:
+                method.detach()
             self._capture.detach()
             if self._teacher is not None:
                 self._teacher.detach()
+
+    def data_share(self) -> float:
+        return min((method.data_share() for method in self.methods), default=1.0)
+
+    def least_steps(self) -> int:
+        return max((method.least_steps() for method in self.methods), default=0)
+
+    def start(self, max_steps: int) -> None:
+        for method in self.methods:
+            method.start(max_steps)
 
     # In a step
 
@@ -160,12 +175,15 @@ class MethodRunner:
     def step(self, step: Step, scale: LossScale) -> Iterator[None]:
         """Has the methods act on the student's forward pass while the block runs, which includes its backward."""
         self._step, self._scale, self._depth = step, scale, 0
-        attention = eager_attention(step.model) if self._needs.attentions else contextlib.nullcontext()
+        maps = self._needs.attentions and step.pass_name == FULL_PASS
+        attention = eager_attention(step.model) if maps else contextlib.nullcontext()
         try:
             with attention:
                 yield
         finally:
             self._step = None
+            for method in self.methods:
+                method.after_pass(step)
 
     @property
     def current(self) -> Step | None:
@@ -188,9 +206,10 @@ class MethodRunner:
         for module in self._needs.undropped_attentions:
             module.eval()
         kwargs = {**kwargs, "return_dict": True}
-        if self._needs.hidden_states:
+        # Other passes are not compared with the teacher.
+        if self._needs.hidden_states and step.pass_name == FULL_PASS:
             kwargs["output_hidden_states"] = True
-        if self._needs.attentions:
+        if self._needs.attentions and step.pass_name == FULL_PASS:
             kwargs["output_attentions"] = True
         if "use_cache" in self._accepts:
             kwargs["use_cache"] = False
@@ -235,11 +254,15 @@ class MethodRunner:
                 )
             self.record_task_loss(loss * self._scale.multiplied)
             total = task_weight * loss if total is None else total + task_weight * loss
+        if total is None and self._scale.task_outside and task_weight:
+            # The trainer adds the only loss there is.
+            total = torch.zeros((), device=self._device)
         if total is None:
             raise FlexCompressError(
                 f'The pass "{step.pass_name}" has no loss: give a method a weight above 0, or task_loss_weight.'
             )
-        return total, task_weight
+        pass_weight = math.prod(method.pass_weight(step) for method in self.methods)
+        return total * pass_weight, task_weight * pass_weight
 
     def _normalised(self, name: str, term: LossTerm) -> torch.Tensor:
         if not term.per_item:
@@ -304,6 +327,10 @@ class MethodRunner:
     def on_step(self, step: int, max_steps: int) -> None:
         for method in self.methods:
             method.on_step(step, max_steps)
+
+    def checkpoints_due(self, step: int, max_steps: int) -> list[str]:
+        names = (method.checkpoint_due(step, max_steps) for method in self.methods)
+        return [name for name in names if name is not None]
 
     def is_ready(self) -> bool:
         return all(method.is_ready() for method in self.methods)

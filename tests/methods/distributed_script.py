@@ -8,8 +8,15 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForTokenClassification
 
-from optimum_flexcompress import DistillationConfig, FlexCompressConfig, FlexCompressTrainer, MiniLMConfig
+from optimum_flexcompress import (
+    DistillationConfig,
+    FlexCompressConfig,
+    FlexCompressTrainer,
+    LengthAdaptiveConfig,
+    MiniLMConfig,
+)
 from optimum_flexcompress.methods.distillation import make_student
+from tests.methods.length_adaptive.families import wide
 from tests.methods.toys import arguments, data_of, model_of
 
 
@@ -43,6 +50,13 @@ def cases():
     methods = [DistillationConfig(), MiniLMConfig()]
     student = make_student(teacher, layers=2)
     yield "checkpointing", student, teacher, data_of("gpt2", rows=32), methods, checkpointing
+
+    # The last pass, the one that synchronises, skips layers that earlier ones have used.
+    adaptive = [DistillationConfig(task_loss_weight=0), LengthAdaptiveConfig(length_drop=0.4, layer_drop=0.4)]
+    for family, extra in (("bert", {"gradient_accumulation_steps": 2}), ("bart", checkpointing)):
+        teacher, student = model_of(family, layers=4, seed=1), wide(family, layers=3)
+        data = data_of(family, rows=32)
+        yield f"adaptive {family}", student, teacher, data, adaptive, extra
 
 
 def main(output: str, batch_size: int) -> None:

@@ -109,16 +109,21 @@ def batch_size(batch: Mapping[str, Any]) -> int:
     return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
-def soft_cross_entropy(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+def soft_cross_entropy(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, reverse: bool = False
+) -> torch.Tensor:
     """`temperature^2 * KL(softmax(teacher / temperature) || softmax(student / temperature))`, summed over rows.
 
     Args:
         student: Logits, `[rows, classes]`.
         teacher: Logits, `[rows, classes]`.
         temperature: Softens both.
+        reverse: The other direction, `KL(student || teacher)`.
     """
     student = F.log_softmax(student.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
+    if reverse:
+        student, teacher = teacher, student
     return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
 
 
@@ -129,6 +134,7 @@ def logits_loss(
     inputs: Mapping[str, Any],
     problem_type: str | None,
     temperature: float,
+    reverse: bool = False,
 ) -> torch.Tensor:
     """The logits term of design section 6.1, summed over the items of the batch.
 
@@ -139,6 +145,7 @@ def logits_loss(
         inputs: The batch, labels included.
         problem_type: `single_label_classification`, `multi_label_classification` or `regression`, for sequence heads.
         temperature: Softens both distributions.
+        reverse: Has the KL divergences run from the student to the teacher.
 
     Raises:
         FlexCompressError: The two models returned logits of different shapes.
@@ -151,7 +158,7 @@ def logits_loss(
             if valid is not None:
                 # Not -inf: 0 * inf would be NaN.
                 logits = [value.float().masked_fill(valid == 0, -1e9) for value in logits]
-            terms.append(soft_cross_entropy(*logits, temperature))
+            terms.append(soft_cross_entropy(*logits, temperature, reverse))
         return (terms[0] + terms[1]) / 2
     student_logits, teacher_logits = _same_shape(student["logits"], teacher["logits"])
     if head is Head.SEQUENCE:
@@ -161,14 +168,14 @@ def logits_loss(
             target = torch.sigmoid(teacher_logits.float())
             loss = F.binary_cross_entropy_with_logits(student_logits.float(), target, reduction="none")
             return loss.mean(-1).sum()
-        return soft_cross_entropy(student_logits, teacher_logits, temperature)
+        return soft_cross_entropy(student_logits, teacher_logits, temperature, reverse)
     mask = token_mask(head, inputs)
     if mask is None:
         if head is Head.CAUSAL_LM:
             student_logits, teacher_logits = student_logits[:, :-1], teacher_logits[:, :-1]
-        return soft_cross_entropy(student_logits.flatten(0, -2), teacher_logits.flatten(0, -2), temperature)
+        return soft_cross_entropy(student_logits.flatten(0, -2), teacher_logits.flatten(0, -2), temperature, reverse)
     # Selecting first: of a masked-LM batch some 15 % of the positions have a label, and rows are a vocabulary wide.
-    return soft_cross_entropy(student_logits[mask], teacher_logits[mask], temperature)
+    return soft_cross_entropy(student_logits[mask], teacher_logits[mask], temperature, reverse)
 
 
 def problem_type_of(model: PreTrainedModel, labels: torch.Tensor | None) -> str:

@@ -1,0 +1,157 @@
+"""Has a model run under its masks: noisy in training, hard in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...architectures import describe
+from ...masking import hidden_sites, mask_norm
+from .layout import MaskLayout, Sublayer
+from .masks import Counts, VIBMasks
+
+
+@dataclass
+class Applied:
+    """The masks of one forward pass.
+
+    Attributes:
+        values: Means in training, and what is kept of them in evaluation, `[size]`.
+        sigma: Standard deviations of the noise, `[size]`; `None` for none.
+        keep: Indicator of what is kept, with its gradient in training, `[size]`.
+        hidden: That of the dims of the residual stream, `[hidden size]`.
+        counts: What is left of every sub-layer.
+    """
+
+    values: torch.Tensor
+    sigma: torch.Tensor | None
+    keep: torch.Tensor
+    hidden: torch.Tensor
+    counts: Counts
+
+
+class MaskHooks:
+    """The hooks on a model, from `attach` to `detach`.
+
+    A head or FFN dim is scaled before the projection that reads it, and so is a whole sub-layer; the residual stream
+    where embeddings and sub-layers write to it. A sub-layer of which nothing is left writes nothing, its bias
+    included, and norms run over what is left of the residual stream, in training too: what is on and off is hard
+    everywhere, with the straight-through gradient, so that training and evaluation differ in the noise alone.
+
+    Args:
+        masks: The masks.
+        beta: Slope of the straight-through gradient.
+        per_token: Whether noise is drawn for every token instead of once per sequence.
+    """
+
+    def __init__(self, masks: VIBMasks, beta: float, per_token: bool):
+        self.masks = masks
+        self.beta = beta
+        self.per_token = per_token
+        self.frozen = False
+        """Once the masks are zeros and ones for good."""
+        self._handles: list[Any] = []
+        self._applied: Applied | None = None
+        self._evaluated: tuple[tuple, Applied] | None = None
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Puts the hooks on a model."""
+        self.detach()
+        layout: MaskLayout = self.masks.layout
+        view = describe(model)
+        self._model = model
+        self._handles.append(model.register_forward_pre_hook(self._start))
+        for index, part in enumerate(layout.sublayers):
+            sublayer = getattr(view.stacks[part.stack].layers[part.layer], part.kind)
+            output = sublayer.down if part.kind == "ffn" else sublayer.o
+            self._handles.append(output.register_forward_pre_hook(self._scale_units(part)))
+            self._handles.append(output.register_forward_hook(self._switch(index)))
+        if "hidden" in layout.kinds:
+            sites = hidden_sites(view)
+            self._handles += [module.register_forward_hook(self._scale_hidden) for module in sites.scaled]
+            self._handles += [module.register_forward_hook(self._keep_hidden) for module in sites.kept]
+            self._handles += [mask_norm(module, self._hidden_indicator) for module in sites.norms]
+
+    def detach(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._applied = self._evaluated = None
+
+    @property
+    def applied(self) -> Applied:
+        """The masks of the forward pass that runs, or ran last."""
+        if self._noisy:
+            if self._applied is None:
+                self._applied = self._sampled()
+            return self._applied
+        # Parts of a model also run by themselves (the encoder in generation), so nothing may depend on a start.
+        masks = self.masks
+        key = (masks.mu._version, masks.log_variance._version, masks.mu.device, self.frozen)
+        if self._evaluated is None or self._evaluated[0] != key:
+            self._evaluated = (key, self._hard())
+        return self._evaluated[1]
+
+    @property
+    def _noisy(self) -> bool:
+        return self._model.training and not self.frozen
+
+    def _start(self, _module: nn.Module, _args: tuple) -> None:
+        # The graph of the last pass is gone; a pass that gradient checkpointing repeats does not come through here.
+        self._applied = None
+
+    def _sampled(self) -> Applied:
+        masks = self.masks
+        keep = masks.keep(self.beta)
+        values = torch.where(masks.active, masks.mu, 1.0)
+        return Applied(values, masks.sigma(), keep, keep[: masks.layout.hidden], masks.counts(keep))
+
+    @torch.no_grad()
+    def _hard(self) -> Applied:
+        masks = self.masks
+        keep = (masks.scores() > 0).to(masks.mu.dtype)
+        return Applied(masks.evaluation_values(), None, keep, keep[: masks.layout.hidden], masks.counts(keep))
+
+    # Hooks
+
+    def _factors(self, start: int, stop: int, like: torch.Tensor) -> torch.Tensor:
+        """Masks `[start:stop]` for a batch, `[batch, 1 or length, stop - start]`, or `[stop - start]` in evaluation."""
+        applied = self.applied
+        values = applied.values[start:stop]
+        if applied.sigma is None:
+            return values
+        shape = like.shape[:-1] if self.per_token else (like.shape[0], *([1] * (like.dim() - 2)))
+        noise = torch.randn(*shape, stop - start, device=values.device, dtype=values.dtype)
+        return torch.addcmul(values, noise, applied.sigma[start:stop])
+
+    def _scale_units(self, part: Sublayer) -> Callable:
+        def hook(_module: nn.Module, args: tuple) -> tuple:
+            states = args[0]
+            factors = self._factors(part.start, part.stop, states)
+            if part.width > 1:
+                factors = factors.repeat_interleave(part.width, -1)
+            factors = factors * self._factors(part.gate, part.gate + 1, states)
+            return (states * factors.to(states.dtype), *args[1:])
+
+        return hook
+
+    def _switch(self, index: int) -> Callable:
+        def hook(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+            return output * self.applied.counts.on[index].to(output.dtype)
+
+        return hook
+
+    def _scale_hidden(self, _module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output * self._factors(0, self.masks.layout.hidden, output).to(output.dtype)
+
+    def _keep_hidden(self, _module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output * self._hidden_indicator().to(output.dtype)
+
+    def _hidden_indicator(self) -> torch.Tensor:
+        return self.applied.hidden

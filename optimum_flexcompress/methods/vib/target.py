@@ -1,0 +1,124 @@
+"""What was requested: a cost, and whether it can be had."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from ...architectures import describe
+from ...config_sizes import width_is_free
+from ...errors import FlexCompressError
+from ...vib_config import KINDS, VIBPruningConfig
+from .cost import macs_cost, parameter_cost
+from .layout import MaskLayout
+from .sizes import TOLERANCE, Scores, Selection, choose_sizes, threshold_sizes
+from .uniform import UniformSizes
+
+
+class Target:
+    """The request of a config for a model.
+
+    Attributes:
+        layout: The masks.
+        cost: What the request counts.
+        sparsity: The share of it that has to go.
+        levels: Where the run halts to write checkpoints, ascending, below `sparsity`.
+        save_final: Whether the checkpoint at the target itself was asked for.
+        with_embeddings: The parameters of layers and embeddings, for the second figure in the logs.
+
+    Args:
+        config: The config.
+        model: The model, without masks.
+
+    Raises:
+        FlexCompressError: The request is not below the size of the model.
+        UnsupportedArchitectureError: The family's table does not know all of the model.
+    """
+
+    def __init__(self, config: VIBPruningConfig, model: PreTrainedModel):
+        view = describe(model)
+        self._config = config
+        self.layout = MaskLayout.of(view, _kinds(config, model))
+        self.with_embeddings = parameter_cost(view, self.layout, include_embeddings=True)
+        if config.target_macs is not None:
+            self.cost = macs_cost(view, self.layout, config.sequence_length)
+            self.sparsity = self._sparsity_of_macs(config.target_macs)
+        else:
+            self.cost = parameter_cost(view, self.layout, config.include_embeddings)
+            self.sparsity = float(config.target_sparsity)
+        beyond = [level for level in config.save_at_sparsities if level > self.sparsity + 1e-9]
+        if beyond:
+            raise FlexCompressError(
+                f"save_at_sparsities has {beyond[0]:g}, beyond the target, which is a sparsity of {self.sparsity:.4g}: "
+                "make the largest of them the target."
+            )
+        self.levels = [level for level in config.save_at_sparsities if level < self.sparsity - 1e-9]
+        self.save_final = len(self.levels) < len(config.save_at_sparsities)
+        self._uniform = UniformSizes(model, self.cost, config.align) if config.uniform else None
+
+    def _sparsity_of_macs(self, wanted: float) -> float:
+        share = wanted if wanted < 1 else wanted / self.cost.dense
+        if share >= 1:
+            raise FlexCompressError(
+                f"target_macs is {wanted:,.0f}, the model takes {self.cost.dense:,} multiply-accumulates per sample: "
+                "give a smaller number, or a share below 1."
+            )
+        return 1.0 - share
+
+    def wanted(self, sparsity: float) -> int:
+        """The cost that a sparsity leaves."""
+        return round((1.0 - sparsity) * self.cost.dense)
+
+    def reached(self, selection: Selection) -> float:
+        """The sparsity of a selection."""
+        return 1.0 - selection.cost / self.cost.dense
+
+    def meets(self, selection: Selection, sparsity: float) -> bool:
+        """Whether a selection leaves what was wanted, within the tolerance."""
+        wanted = self.wanted(sparsity)
+        return abs(selection.cost - wanted) <= TOLERANCE * wanted
+
+    def select(self, scores: torch.Tensor, sparsity: float | None) -> Selection:
+        """The best selection for a sparsity.
+
+        Args:
+            scores: `[size]`, as from [`VIBMasks.scores`].
+            sparsity: The sparsity; what the masks have reached by themselves when `None`.
+        """
+        split = Scores.of(self.layout, scores)
+        if self._uniform is not None:
+            wanted = threshold_sizes(self.cost, split, 1).cost if sparsity is None else self.wanted(sparsity)
+            return self._uniform.choose(split, wanted)
+        if sparsity is None:
+            return threshold_sizes(self.cost, split, self._config.align)
+        return choose_sizes(self.cost, split, self.wanted(sparsity), self._config.align)
+
+    def check_reachable(self) -> None:
+        """Tries the target and the levels on masks that have no preference.
+
+        Raises:
+            FlexCompressError: No aligned sizes come near one of them; the message names the nearest that do.
+        """
+        scores = torch.where(self.layout.active(), 1.0, torch.inf)
+        for level in [*self.levels, self.sparsity]:
+            nearest = self.select(scores, level)
+            if not self.meets(nearest, level):
+                raise FlexCompressError(
+                    f"A sparsity of {level:.4g} cannot be reached with align={self._config.align} and "
+                    f"prune={self._config.prune}: the nearest is {self.reached(nearest):.4f}; ask for that, or use a "
+                    "smaller align."
+                )
+
+
+def _kinds(config: VIBPruningConfig, model: PreTrainedModel) -> set[str]:
+    kinds = set(config.prune)
+    if config.uniform:
+        kinds.discard("sublayers")
+        if not width_is_free(model):
+            kinds.discard("hidden")
+    if not kinds:
+        raise FlexCompressError(
+            f"uniform=True leaves nothing of prune={config.prune} to prune in this model: add some of "
+            f"{', '.join(KINDS)}."
+        )
+    return kinds

@@ -1,0 +1,62 @@
+"""How significant a token is: the attention it receives."""
+
+from __future__ import annotations
+
+import torch
+
+from ..architectures import AttentionView
+
+
+_CHUNK = 1 << 24
+"""Attention scores that are held at once: 64 MB in float32."""
+
+
+@torch.no_grad()
+def attention_received(
+    attention: AttentionView,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    valid: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Column sums of the attention maps over heads and valid queries, without gradient.
+
+    Args:
+        attention: The self-attention.
+        query: What its query projection returned, `[batch, length, heads * head size]`.
+        key: The same of the key projection.
+        valid: Booleans `[batch, length]`, or `None` where all tokens are valid.
+        bias: What is added to the scores before the softmax, `[batch or 1, heads, length, length]`.
+
+    Returns:
+        `[batch, length]`, float32.
+    """
+    query, key = (
+        part.detach().unflatten(-1, (attention.num_heads, attention.head_size)).transpose(1, 2)
+        for part in (query, key)
+    )
+    if attention.table.scaled:
+        query = query * attention.head_size**-0.5
+    heads = attention.num_heads
+    step = heads
+    if not torch.jit.is_tracing():
+        step = min(max(_CHUNK // (query.shape[0] * query.shape[2] ** 2), 1), heads)
+    total = None
+    for start in range(0, heads, step):
+        part = slice(start, start + step)
+        scores = query[:, part] @ key[:, part].transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias[:, part]
+        if valid is not None:
+            scores = scores.masked_fill(~valid[:, None, None, :], torch.finfo(scores.dtype).min)
+        received = column_sums(torch.softmax(scores, dim=-1, dtype=torch.float32), valid)
+        total = received if total is None else total + received
+    return total
+
+
+def column_sums(maps: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Sums attention maps `[batch, heads, length, length]` over heads and valid queries, to `[batch, length]`."""
+    if valid is None:
+        return maps.float().sum((1, 2))
+    weights = valid[:, None, None, :].float()
+    return (weights @ maps.float()).sum((1, 2))

@@ -1,0 +1,175 @@
+"""The masks by themselves: divergence, keep rule, gradients, noise."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from optimum_flexcompress.masking import fold, masked
+from optimum_flexcompress.methods.vib.hooks import MaskHooks
+from optimum_flexcompress.methods.vib.masks import EPSILON, VIBMasks, as_masks
+from optimum_flexcompress.surgery import select
+from tests.methods.vib.helpers import layout_of, random_masks
+from tests.tiny import ALL, build, inputs_for, outputs_of
+
+
+def _bert():
+    return build("bert", "BertForSequenceClassification")
+
+
+def test_kl_is_the_monte_carlo_estimate():
+    masks = VIBMasks(layout_of(_bert()))
+    generator = torch.Generator().manual_seed(0)
+    size = masks.mu.numel()
+    weights = torch.rand(size, generator=generator)
+    with torch.no_grad():
+        masks.mu.copy_(torch.randn(size, generator=generator))
+        masks.log_variance.copy_(torch.rand(size, generator=generator) * 4 - 3)
+    mu, sigma = masks.mu.detach().double(), torch.exp(0.5 * masks.log_variance.detach().double())
+    posterior = torch.distributions.Normal(mu, sigma)
+    prior = torch.distributions.Normal(0.0, (mu**2 + sigma**2).sqrt())
+    total = torch.zeros(size, dtype=torch.float64)
+    for _ in range(200):
+        sample = mu + sigma * torch.randn(100, size, generator=generator, dtype=torch.float64)
+        total += (posterior.log_prob(sample) - prior.log_prob(sample)).sum(0)
+    estimate = (weights * total / 20_000).sum()
+    torch.testing.assert_close(masks.kl(weights).double(), estimate, rtol=5e-3, atol=0)
+    # The prior's variance is the best one: any other gives a larger divergence.
+    exact = (weights * torch.distributions.kl_divergence(posterior, prior)).sum()
+    torch.testing.assert_close(masks.kl(weights).double(), exact, rtol=1e-5, atol=0)
+    for factor in (0.9, 1.1):
+        other = torch.distributions.Normal(0.0, prior.scale * factor)
+        assert (weights * torch.distributions.kl_divergence(posterior, other)).sum() > exact
+
+
+def test_keep_rule_and_straight_through_gradient():
+    masks = VIBMasks(layout_of(_bert()))
+    generator = torch.Generator().manual_seed(1)
+    size = masks.mu.numel()
+    with torch.no_grad():
+        masks.mu.copy_(torch.randn(size, generator=generator))
+        masks.log_variance.copy_(torch.randn(size, generator=generator))
+    beta = 0.4
+    keep = masks.keep(beta)
+    mu, variance = masks.mu.detach(), masks.log_variance.detach().exp()
+    assert torch.equal(keep.detach(), (mu**2 > variance).float())
+    assert 0.2 < keep.mean() < 0.8
+    keep.sum().backward()
+    scores = torch.log(mu**2 + EPSILON) - masks.log_variance.detach()
+    slope = beta * torch.sigmoid(beta * scores) * (1 - torch.sigmoid(beta * scores))
+    torch.testing.assert_close(masks.log_variance.grad, -slope)
+    torch.testing.assert_close(masks.mu.grad, slope * 2 * mu / (mu**2 + EPSILON), rtol=1e-4, atol=1e-6)
+
+
+def test_masks_start_on_and_the_count_has_a_gradient_there():
+    masks = VIBMasks(layout_of(_bert()))
+    assert masks.scores().min() > 8.5
+    masks.keep(0.4).sum().backward()
+    assert masks.log_variance.grad.abs().min() > 1e-3
+    # The slope of the published soft count (beta = 10) underflows.
+    assert (torch.sigmoid(10 * masks.scores()) == 1).all()
+
+
+def test_a_sublayer_without_units_and_units_without_a_sublayer_count_as_off():
+    masks = VIBMasks(layout_of(_bert()))
+    layout = masks.layout
+    keep = torch.ones(layout.size)
+    first, second = layout.sublayers[:2]
+    keep[first.start : first.stop] = 0
+    keep[second.gate] = 0
+    counts = masks.counts(keep)
+    assert counts.units[:2].tolist() == [0, 0] and counts.on[:2].tolist() == [0, 0]
+    assert counts.on[2:].tolist() == [1] * (len(layout.sublayers) - 2)
+    assert counts.units[2:].tolist() == [part.units for part in layout.sublayers[2:]]
+    assert counts.hidden == layout.hidden
+
+
+def test_structures_without_masks_stay_one():
+    model = _bert()
+    masks = random_masks(model, kinds=("ffn",))
+    values = masks.evaluation_values()
+    assert (values[: masks.layout.hidden] == 1).all() and (values[masks.layout.gates] == 1).all()
+    assert 0 < (values[masks.layout.units] == 0).float().mean() < 0.5
+    found = as_masks(masks.layout, values)
+    assert found.hidden is None
+    assert all((layer.attention == 1).all() for layer in found.stacks["encoder"])
+
+
+@pytest.mark.parametrize(("family", "name"), ALL)
+def test_evaluation_is_the_finalised_model(family, name):
+    model = build(family, name)
+    masks = random_masks(model, seed=2)
+    inputs = inputs_for(model)
+    before = outputs_of(model, inputs)
+    hooks = MaskHooks(masks, 0.4, per_token=False)
+    hooks.attach(model)
+    expected = outputs_of(model, inputs)
+    hooks.detach()
+    for key, value in outputs_of(model, inputs).items():
+        assert torch.equal(value, before[key])
+    found = as_masks(masks.layout, masks.evaluation_values())
+    with masked(copy.deepcopy(model), found) as other:
+        again = outputs_of(other, inputs)
+    select(fold(model, found), found.kept())
+    actual = outputs_of(model, inputs)
+    assert any(not torch.allclose(expected[key], before[key], atol=1e-2) for key in before)
+    for key, value in expected.items():
+        torch.testing.assert_close(again[key], value, atol=1e-5, rtol=1e-5)
+        if value.shape != actual[key].shape:
+            value = value[..., found.kept().hidden]
+        torch.testing.assert_close(actual[key], value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "bart", "vit"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_training_differs_in_the_noise_alone(family, per_token):
+    model = build(family, dict(ALL)[family])
+    masks = random_masks(model, seed=3)
+    layout = masks.layout
+    with torch.no_grad():
+        # What is off has to be 0 here: in training it passes on what is left of its mean.
+        masks.mu.copy_(masks.evaluation_values())
+        masks.log_variance.fill_(-11.9)
+    inputs = inputs_for(model)
+    hooks = MaskHooks(masks, 0.4, per_token)
+    hooks.attach(model)
+    expected = outputs_of(model, inputs)
+    _without_dropout(model.train())
+    first, second = (outputs_of(model, inputs) for _ in range(2))
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    masks.sigma = lambda: torch.zeros(layout.size)
+    for key, value in outputs_of(model, inputs).items():
+        torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-5)
+
+
+def _without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_prob", "dropout_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_noise_is_drawn_per_sequence_or_token(per_token):
+    model = build("bert", "BertModel").train()
+    masks = VIBMasks(layout_of(model))
+    with torch.no_grad():
+        masks.mu.fill_(1.0)
+        masks.log_variance.fill_(math.log(0.25))
+    hooks = MaskHooks(masks, 0.4, per_token)
+    hooks.attach(model)
+    part = masks.layout.sublayers[1]
+    down = model.encoder.layer[0].output.dense
+    seen = []
+    down.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    down(torch.ones(4, 5, part.units))
+    (states,) = seen
+    assert (states[:, 0] != states[:, 1]).any() == per_token
+    assert (states[0] != states[1]).all()
+    # A unit's own noise and that of its sub-layer, both with a standard deviation of 0.5.
+    assert 0.4 < states.std() < 1.0
