@@ -1,6 +1,6 @@
 """Runs `make quickstart` and keeps the raw figures of its report, which the README quotes.
 
-    python examples/benchmarks/quickstart.py
+python examples/benchmarks/quickstart.py
 """
 
 from __future__ import annotations
