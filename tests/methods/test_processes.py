@@ -26,35 +26,24 @@ def free_port() -> int:
 
 
 def launch_two(folder: Path, batch_size: int) -> None:
-    """`accelerate launch --num_processes 2 --cpu`.
-
-    On CPUs that command leaves starting the processes to an MPI launcher, and without one runs a single process. What
-    the launcher does is done here: start the command once for each rank and tell it which one it is.
-    """
+    """`accelerate launch --num_processes 2 --cpu`, which leaves starting processes on CPUs to MPI's launcher."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    scripts = Path(sys.executable).parent
+    hosts = folder.parent / "hosts"
+    hosts.write_text("localhost:2\n", encoding="utf-8")
+    command = [str(scripts / "accelerate"), "launch", "--num_processes", "2", "--cpu", "--mpirun_hostfile", str(hosts)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_port", str(free_port())]
     command += [distributed_script.__file__, str(folder), str(batch_size)]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**common, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank},
-            cwd=root,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        errors = [rank.communicate(timeout=600)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, error in zip(ranks, errors):
-        assert rank.returncode == 0, error[-4000:]
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(root),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
