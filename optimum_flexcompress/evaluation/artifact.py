@@ -68,9 +68,9 @@ class Artifact:
         return self.task.load_processor(self.folder)
 
     def accepted(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The part of a batch that the model takes, labels left out."""
+        """The part of a batch that the model takes, labels left out, on the model's device."""
         return {
-            name: value
+            name: value.to(self.model.device)
             for name, value in batch.items()
             if name not in LABELS and (self.inputs is None or name in self.inputs)
         }
@@ -99,7 +99,8 @@ class Artifact:
             Token ids `(batch, length)`.
         """
         # What `generate` needs is not what one run of a decoder takes: an encoder-decoder gets no decoder inputs.
-        inputs = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+        names = ("input_ids", "attention_mask")
+        inputs = {name: value.to(self.model.device) for name, value in batch.items() if name in names}
         return self.model.generate(**inputs, **options)
 
     def predict(self, batch: Mapping[str, torch.Tensor]) -> np.ndarray | tuple[np.ndarray, ...]:
@@ -182,8 +183,19 @@ def find_backend(path: str | os.PathLike) -> str:
 def _open_pytorch(path: Path, task: Task, threads: int | None, options: dict[str, Any]) -> Artifact:
     folder = path.parent if path.is_file() else path
     model = task.load_model(folder, **options).eval()
+    return model_artifact(model, task, path)
+
+
+def model_artifact(model: Any, task: Task, path: str | os.PathLike = "model") -> Artifact:
+    """A PyTorch model in memory as an artifact.
+
+    Args:
+        model: The model, in evaluation mode.
+        task: What it is for.
+        path: Where it came from, or a name for it.
+    """
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, str(model.dtype))
-    return Artifact(path, task, "pytorch", dtype, model, model.config, _forward_arguments(model))
+    return Artifact(Path(path), task, "pytorch", dtype, model, model.config, _forward_arguments(model))
 
 
 def _forward_arguments(model: torch.nn.Module) -> frozenset[str]:

@@ -57,7 +57,7 @@ def evaluate_artifact(
         Metrics and predictions. Without labels or references there are no metrics.
     """
     rows = prepared.dataset[split]
-    order = _by_length(rows)
+    order = by_length(rows)
     collected: list[tuple[Any, Any]] = []
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
     name = artifact.path.name
@@ -84,7 +84,8 @@ def evaluate_artifact(
     return Evaluation(metrics, predictions, label_ids if label_ids is not None and len(label_ids) else None)
 
 
-def _by_length(rows: Any) -> np.ndarray:
+def by_length(rows: Any) -> np.ndarray:
+    """Row numbers, those of the longest inputs first."""
     if "input_ids" not in rows.column_names:
         return np.arange(len(rows))
     return np.argsort([-len(ids) for ids in rows["input_ids"]], kind="stable")

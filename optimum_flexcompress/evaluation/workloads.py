@@ -41,7 +41,8 @@ def timed_shapes(
     return [(f"{size}x{length}{suffix}", size, length) for length in lengths for size in batch_sizes]
 
 
-def _runner(artifact: Artifact, batch: dict[str, torch.Tensor], new_tokens: int) -> Callable[[], Any]:
+def runner(artifact: Artifact, batch: dict[str, torch.Tensor], new_tokens: int) -> Callable[[], Any]:
+    """What is timed of a model: generating `new_tokens` tokens where that is what it is for, else one forward pass."""
     if generates(artifact.task):
         # Exactly as many tokens for every model: one that stops early would look fast.
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
@@ -58,7 +59,7 @@ def time_shape(
     timing: dict[str, Any],
 ) -> dict[str, Timing]:
     runs = {
-        name: _runner(artifact, example_batch(artifact.config, artifact.task, batch_size, length), new_tokens)
+        name: runner(artifact, example_batch(artifact.config, artifact.task, batch_size, length), new_tokens)
         for name, artifact in artifacts.items()
     }
     return measure_side_by_side(runs, description=f"Timing {shape}", **timing)
@@ -80,7 +81,7 @@ def time_stream(
     timing: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
     runs = {
-        name: StreamRun([_runner(artifact, batch, new_tokens) for batch in batches])
+        name: StreamRun([runner(artifact, batch, new_tokens) for batch in batches])
         for name, artifact in artifacts.items()
     }
     timings = measure_side_by_side(runs, warmup=1, min_sample_seconds=0.0, description="Timing real lengths", **timing)

@@ -1,0 +1,25 @@
+"""Searches for the configurations of one trained model that are worth choosing, and keeps them as a front.
+
+Everything is imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .front import Front, Point
+    from .held_out import hold_out
+    from .length_search import search_lengths
+
+_WHERE = {"Front": "front", "Point": "front", "hold_out": "held_out", "search_lengths": "length_search"}
+
+__all__ = ["Front", "Point", "hold_out", "search_lengths"]
+
+
+def __getattr__(name: str):
+    if name in _WHERE:
+        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,256 @@
+"""The search itself: NSGA-II over the configurations of a space, by any number of workers on one database."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..errors import FlexCompressError
+from .front import dominated_area
+from .store import Score, ScoreStore, explained, optuna
+
+
+logger = logging.getLogger(__name__)
+
+Candidate = tuple
+"""A configuration in whole numbers: equal ones are the same configuration."""
+
+MUTATION = 0.5
+"""Share of the children that come from one parent, and of the genes that change in them."""
+ATTEMPTS = 50
+GAIN = 1e-3
+POLL = 0.5
+
+
+class Space(Protocol):
+    """What can be searched.
+
+    Attributes:
+        kind: Name of its candidates in the file of the front.
+        size: How many different candidates there are.
+        distributions: The genes, as Optuna knows them.
+    """
+
+    kind: str
+    size: int
+    distributions: dict[str, optuna.distributions.BaseDistribution]
+
+    def start(self, count: int) -> list[Candidate]:
+        """At most `count` candidates to start from, the full model first."""
+
+    def all(self) -> Iterator[Candidate]:
+        """Every candidate."""
+
+    def genes(self, candidate: Candidate) -> dict[str, Any]:
+        """The genes of a candidate."""
+
+    def decode(self, genes: Mapping[str, Any]) -> Candidate:
+        """The candidate that genes stand for."""
+
+    def mutate(self, candidate: Candidate, rng: np.random.Generator) -> Candidate:
+        """A candidate like another one, each gene changed with probability `MUTATION`."""
+
+    def cross(self, first: Candidate, second: Candidate) -> Candidate:
+        """The candidate between two others."""
+
+    def random(self, rng: np.random.Generator) -> Candidate:
+        """Any candidate."""
+
+
+class Evolution:
+    """A search on a database, which it goes on with where there is one.
+
+    The first generation is the start of the space; a child of a later one is the mutation of a parent or lies between
+    two, parents being those that Optuna's NSGA-II selects. What was scored, or is being scored by another worker,
+    is not proposed again. A space that is no larger than the budget is scored as a whole.
+
+    Args:
+        space: What to search.
+        storage: What [`optimum_flexcompress.search.store.open_storage`] returned.
+        study: Name of the search: the same for workers on the same search, another one for any other.
+        greater_is_better: Direction of the metric.
+        population: Size of a generation, at least 2.
+        trials: How many configurations are scored in all, by all workers and runs.
+        patience: The search also ends when so many configurations in a row have not moved the front; 0: never.
+        seed: Of everything random.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        storage: optuna.storages.RDBStorage,
+        study: str,
+        *,
+        greater_is_better: bool = True,
+        population: int = 20,
+        trials: int = 150,
+        patience: int = 40,
+        seed: int = 42,
+    ):
+        for name, value, least in (("population", population, 2), ("trials", trials, 1), ("patience", patience, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise FlexCompressError(f"{name} is {value!r}: give a whole number of at least {least}.")
+        self.space, self.population, self.patience, self.seed = space, population, patience, seed
+        self.trials = min(trials, space.size)
+        self._sign = 1 if greater_is_better else -1
+        with explained(), _quiet():
+            self.store = ScoreStore(storage, study)
+            sampler = optuna.samplers.NSGAIISampler(
+                population_size=population, seed=seed, child_generation_strategy=self._propose
+            )
+            directions = ["minimize", "maximize" if greater_is_better else "minimize"]
+            self._study = optuna.create_study(
+                storage=storage, study_name=study, sampler=sampler, directions=directions, load_if_exists=True
+            )
+        self.start = list(space.all()) if space.size <= trials else space.start(min(population, trials))
+
+    def run(self, score: Callable[[Candidate], Score], progress: bool = True) -> None:
+        """Scores configurations until the budget is used up, or the front does not move any more.
+
+        Args:
+            score: Scores one configuration.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            FlexCompressError: The storage does not answer; or whatever `score` raises. The configuration at hand
+                is then given back, for the next run or another worker.
+        """
+        with explained(), _quiet():
+            self._enqueue_start()
+            finished = len(self.store.scores())
+            with tqdm(
+                total=self.trials, initial=finished, desc="Searching", unit="configuration", disable=not progress
+            ) as bar:
+                while self._goes_on():
+                    trial, candidate = self._next()
+                    if not self.store.claim(key_of(candidate)):
+                        self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                        continue
+                    self._score(trial, candidate, score)
+                    bar.update(len(self.store.scores()) - bar.n)
+            self._wait_for_full()
+
+    def scores(self) -> dict[Candidate, Score]:
+        """All scores, in the order in which they came."""
+        with explained():
+            return {tuple(json.loads(key)): score for key, score in self.store.scores().items()}
+
+    # Steps
+
+    def _enqueue_start(self) -> None:
+        """Queues what is still to be scored of the start, and what dead workers had at hand."""
+        self.store.take_abandoned()
+        known = self.store.known() | {key_of(candidate) for candidate in self._waiting()}
+        for candidate in self.start:
+            if key_of(candidate) not in known:
+                self._study.enqueue_trial(self.space.genes(candidate))
+
+    def _waiting(self) -> list[Candidate]:
+        trials = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
+        return [self.space.decode(trial.system_attrs["fixed_params"]) for trial in trials]
+
+    def _goes_on(self) -> bool:
+        for key in self.store.take_abandoned():
+            self._study.enqueue_trial(self.space.genes(tuple(json.loads(key))))
+        if len(self.store.known()) >= self.trials:
+            return False
+        return bool(self._waiting()) or not self._stands_still()
+
+    def _stands_still(self) -> bool:
+        scores = list(self.store.scores().values())
+        if not self.patience or len(scores) <= max(self.patience, len(self.start)):
+            return False
+        points = [(score.relative_cost, self._sign * score.metric) for score in scores]
+        worst = (max(cost for cost, _ in points), min(quality for _, quality in points))
+        area = dominated_area(points, worst)
+        if area - dominated_area(points[: -self.patience], worst) > GAIN * area:
+            return False
+        logger.info("The front has not moved over the last %d configurations: the search ends.", self.patience)
+        return True
+
+    def _next(self) -> tuple[optuna.Trial, Candidate]:
+        finished = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        if len(finished) < self.population and not self._waiting():
+            # Other workers are still at the first generation, of which Optuna would draw the rest at random.
+            parents = [self.space.decode(trial.params) for trial in finished] or self.start
+            self._study.enqueue_trial(self.space.genes(self._child(parents)))
+        trial = self._study.ask(self.space.distributions)
+        return trial, self.space.decode(trial.params)
+
+    def _score(self, trial: optuna.Trial, candidate: Candidate, score: Callable[[Candidate], Score]) -> None:
+        key = key_of(candidate)
+        try:
+            with self.store.beating(key):
+                result = score(candidate)
+            self.store.finish(key, result)
+        except BaseException:
+            # Also after Ctrl-C: nothing is lost, and nobody waits for a claim that nobody is working on. The database
+            # itself may be what failed, and then the first error is the one to report.
+            with contextlib.suppress(Exception):
+                self.store.release(key)
+                self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                self._study.enqueue_trial(self.space.genes(candidate))
+            raise
+        self._study.tell(trial, [result.relative_cost, result.metric])
+
+    def _wait_for_full(self) -> None:
+        """Without the full model there is nothing to compare with; another worker may still be at it."""
+        full = key_of(self.start[0])
+        while full not in self.store.scores():
+            if full not in self.store.known() or self.store.take_abandoned():
+                raise FlexCompressError(
+                    "The worker that scored the full model ended before it was done: run the same search again."
+                )
+            time.sleep(POLL)
+
+    # Children
+
+    def _propose(self, study: optuna.Study, search_space: dict, parents: list[optuna.trial.FrozenTrial]) -> dict:
+        """What NSGA-II calls for the genes of a child."""
+        return self.space.genes(self._child([self.space.decode(trial.params) for trial in parents]))
+
+    def _child(self, parents: Sequence[Candidate]) -> Candidate:
+        known = self.store.known()
+        # The number of configurations so far makes a search that was resumed draw what it would have drawn.
+        rng = np.random.default_rng([self.seed, len(known)])
+        parents = sorted(set(parents))
+        child = self._breed(parents, rng)
+        for _ in range(ATTEMPTS):
+            if key_of(child) not in known:
+                return child
+            child = self.space.mutate(child, rng)
+        while key_of(child) in known and len(known) < self.space.size:
+            child = self.space.random(rng)
+        return child
+
+    def _breed(self, parents: Sequence[Candidate], rng: np.random.Generator) -> Candidate:
+        if len(parents) < 2 or rng.random() < MUTATION:
+            return self.space.mutate(parents[rng.integers(len(parents))], rng)
+        first, second = rng.choice(len(parents), size=2, replace=False)
+        return self.space.cross(parents[first], parents[second])
+
+
+def key_of(candidate: Candidate) -> str:
+    """A candidate as it stands in the database."""
+    return json.dumps(list(candidate), separators=(",", ":"))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's own lines, one for every trial, and its notes on interfaces that may still change."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)

@@ -1,0 +1,283 @@
+"""Searches for the length configurations of a model that are worth choosing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import FlexCompressError
+from ..evaluation.benchmark import using_threads
+from ..evaluation.environment import environment_info
+from ..length_config import LENGTH_UNITS
+from ..output import check_output_folder
+from ..tasks.base import Task
+from .evolution import Candidate, Evolution
+from .front import FRONT_FILE, Front, Point, pareto
+from .held_out import HeldOut, open_held_out
+from .length_model import SearchedModel, open_model
+from .length_scoring import OBJECTIVES, RUNTIMES, LengthScorer, Timed, check_choice
+from .length_space import LengthSpace
+from .store import Score, open_storage
+
+
+logger = logging.getLogger(__name__)
+
+DATABASE = "search.db"
+
+
+def search_lengths(
+    model: PreTrainedModel | str | os.PathLike,
+    data: Any,
+    task: str | Task | None = None,
+    output: str | os.PathLike | None = None,
+    *,
+    objective: str = "macs",
+    runtime: str = "pytorch",
+    max_drop: float | str | None = None,
+    max_cost: float | str | None = None,
+    max_latency: float | None = None,
+    save_pick: str | os.PathLike | None = None,
+    processor: Any = None,
+    split: str | None = None,
+    samples: int | None = 1000,
+    columns: Mapping[str, str] | None = None,
+    max_length: int | None = None,
+    unit: str | None = None,
+    metric: str | None = None,
+    population: int = 20,
+    trials: int = 150,
+    patience: int | None = None,
+    storage: str | None = None,
+    seed: int = 42,
+    batch_size: int = 32,
+    latency_batch_size: int = 32,
+    new_tokens: int = 32,
+    threads: int | None = None,
+    picture: bool = True,
+    progress: bool = True,
+    say: Callable[[str], None] = logger.info,
+) -> Front:
+    """Searches for length configurations that lose little and cost little, and writes their front.
+
+    Candidates are scored on examples held out from training, and evolve by NSGA-II. Scores are kept in a database, so
+    that the same call goes on where an earlier one was interrupted, and several processes (also on several machines,
+    for multiply-accumulates) share one search.
+
+    Args:
+        model: A model with an encoder, in memory or as a folder; best one trained with [`LengthAdaptiveConfig`].
+        data: See [`optimum_flexcompress.data.load_data`].
+        task: What the model is for; by default what its class says.
+        output: Folder for `front.json`, the pictures and, unless `storage` names another one, the database. It may
+            hold an earlier search.
+        objective: What to trade the metric against: `"macs"`, multiply-accumulates of one input of `max_length`
+            tokens, or `"latency"`, measured here in turn with the full model.
+        runtime: What runs the candidates: `"pytorch"`, or their ONNX graphs in ONNX Runtime, `"ort"` in single
+            precision, `"ort-int8"` in int8.
+        max_drop: Pick the cheapest configuration that loses at most this share of the metric: `0.01` or `"1%"`.
+        max_cost: Pick within this share of the full model's cost: `0.5` or `"50%"`.
+        max_latency: Pick within so many milliseconds a batch, where latency is searched.
+        save_pick: Folder for the model with the picked lengths set.
+        processor: Tokenizer or image processor of a model in memory.
+        split: Split to score on; by default `validation`, else a part of `train`, see
+            [`optimum_flexcompress.search.hold_out`].
+        samples: How many examples to score on; all when `None`.
+        columns: See [`Task.find_columns`].
+        max_length: Length of the inputs, which counts refer to; by default that of training, else the task's.
+        unit: `"counts"` or `"fractions"`; by default what the model was trained with.
+        metric: A metric of the task, or `"loss"`; by default the task's main one.
+        population: Configurations in a generation.
+        trials: Configurations to score in all.
+        patience: End when so many in a row have not moved the front; 0: never; by default twice the population.
+        storage: Database URL, such as `sqlite:////tmp/search.db` or `postgresql://...`.
+        seed: Of everything random.
+        batch_size: Rows at a time while scoring.
+        latency_batch_size: Rows of the batch that is timed.
+        new_tokens: Tokens to generate at most while scoring, and while timing models that generate.
+        threads: Threads of PyTorch and ONNX Runtime; PyTorch's present number when `None`.
+        picture: Whether to draw the front, which needs the extra `report`.
+        progress: Whether to show progress bars.
+        say: Receives lines for the user.
+
+    Returns:
+        The front; with a limit given, `front.picked` is the choice.
+
+    Raises:
+        FlexCompressError: The model cannot drop tokens, data or storage cannot be opened, an argument is wrong, or no
+            configuration keeps the limits; in the last case the front has been written.
+        MissingExtraError: Optuna, or matplotlib for the picture, is missing.
+    """
+    check_choice("objective", objective, OBJECTIVES)
+    check_choice("runtime", runtime, RUNTIMES)
+    if unit is not None:
+        check_choice("unit", unit, LENGTH_UNITS)
+    if metric == "loss" and runtime != "pytorch":
+        raise FlexCompressError("The loss is computed in PyTorch only: choose another metric, or runtime pytorch.")
+    asked = Front.check_limits(objective, max_drop, max_cost, max_latency)
+    if save_pick is not None:
+        if not asked:
+            raise FlexCompressError("save_pick needs something to pick by: give max_drop, max_cost or max_latency.")
+        check_output_folder(save_pick)
+    if picture and output is not None:
+        from .picture import draw_front
+    folder = None if output is None else _check_folder(output)
+    database = None if storage is None else open_storage(storage)
+
+    searched = open_model(model, task, processor)
+    if not searched.trained:
+        logger.warning(
+            "%s was not trained to drop tokens, so that configurations lose more than they need to: train it with "
+            "LengthAdaptiveConfig first. The search goes on.",
+            searched.name,
+        )
+    max_length = searched.longest_input(max_length)
+    held_out = open_held_out(
+        data,
+        searched.task,
+        searched.processor,
+        searched.model.config,
+        split=split,
+        samples=samples,
+        columns=columns,
+        max_length=max_length,
+        metric=metric,
+        batch_size=batch_size,
+        max_new_tokens=new_tokens,
+        seed=seed,
+    )
+    with ExitStack() as context:
+        threads = context.enter_context(using_threads(threads))
+        context.enter_context(searched.at_full_lengths())
+        timed = Timed(latency_batch_size, max_length, new_tokens, threads=threads)
+        macs = searched.macs(max_length, new_tokens)
+        unit = unit or searched.training.unit
+        space = LengthSpace(searched.able, macs.max_length, unit, macs, searched.training.length_drop)
+        settings = {
+            "kind": space.kind,
+            "task": searched.task.name,
+            "objective": objective,
+            "runtime": runtime,
+            "unit": unit,
+            "max_length": macs.max_length,
+            "metric": held_out.metric,
+            "examples": held_out.where,
+            "batch_size": batch_size,
+            **({"timed": asdict(timed)} if objective == "latency" else {}),
+        }
+        environment = environment_info(threads)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        if database is None:
+            place = folder or Path(context.enter_context(tempfile.TemporaryDirectory(prefix="flexcompress-search-")))
+            database = open_storage(f"sqlite:///{place / DATABASE}")
+        evolution = Evolution(
+            space,
+            database,
+            _study_name(settings, held_out, searched, environment),
+            greater_is_better=held_out.greater_is_better,
+            population=population,
+            trials=trials,
+            patience=2 * population if patience is None else patience,
+            seed=seed,
+        )
+        before = len(evolution.scores())
+        say(
+            f"Searching lengths of {searched.name} on {held_out.where}: {held_out.metric} against {objective}, {runtime}"
+        )
+        if before:
+            say(f"{before} configurations were scored before: going on from there")
+        scorer = LengthScorer(
+            searched.model,
+            space,
+            held_out,
+            macs,
+            objective=objective,
+            runtime=runtime,
+            timed=timed,
+            task=searched.task,
+        )
+        with context.enter_context(scorer):
+            evolution.run(scorer, progress=progress)
+        front = _front(evolution.scores(), space, held_out, settings, macs.full)
+        front.environment = environment
+        front.options = {
+            **settings,
+            "model": searched.name,
+            "population": population,
+            "trials": trials,
+            "patience": evolution.patience,
+            "seed": seed,
+        }
+
+        def write() -> None:
+            if folder is not None:
+                front.save(folder)
+                if picture:
+                    draw_front(front, folder)
+
+        write()
+        if asked:
+            front.pick(max_drop, max_cost=max_cost, max_latency=max_latency)
+            write()
+            if save_pick is not None:
+                searched.save(front.picked.lengths, save_pick, {front.metric: front.picked.metric})
+    return front
+
+
+def _check_folder(output: str | os.PathLike) -> Path:
+    folder = check_output_folder(output, overwrite=True)
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not any((folder / file).exists() for file in (DATABASE, FRONT_FILE))
+    ):
+        raise FlexCompressError(f"{folder} is not empty and holds no earlier search: choose another folder.")
+    return folder
+
+
+def _study_name(settings: dict, held_out: HeldOut, model: SearchedModel, environment: dict) -> str:
+    """The same for the same search, so that it goes on, and for no other, so that scores do not mix."""
+    sha = hashlib.sha256(json.dumps([settings, held_out.digest()], sort_keys=True).encode())
+    if settings["objective"] == "latency":
+        sha.update(str(environment["cpu"]).encode())
+    model.update_digest(sha)
+    return f"lengths-{sha.hexdigest()[:24]}"
+
+
+def _front(
+    scores: dict[Candidate, Score], space: LengthSpace, held_out: HeldOut, settings: dict, full_macs: int
+) -> Front:
+    full_key = space.start(2)[0]
+    latency = settings["objective"] == "latency"
+    full_cost = scores[full_key].details["milliseconds"] if latency else full_macs
+    points = {
+        candidate: Point(
+            space.config(candidate).to_dict(),
+            score.metric,
+            score.relative_cost * full_cost if latency else score.details["macs"],
+            score.relative_cost,
+            score.details,
+        )
+        for candidate, score in scores.items()
+    }
+    return Front(
+        kind=space.kind,
+        objective=settings["objective"],
+        metric=held_out.metric,
+        greater_is_better=held_out.greater_is_better,
+        unit=held_out.unit,
+        runtime=settings["runtime"],
+        max_length=space.max_length,
+        full=points[full_key],
+        points=pareto(points.values(), held_out.greater_is_better),
+        scored=sorted(points.values(), key=lambda point: point.cost),
+    )
