@@ -15,6 +15,7 @@ optimum-cli flexcompress quantize -m student -o student-int8
 optimum-cli flexcompress quantize -m student --mode static --dataset banking77/train.csv -o student-int8
 optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv --columns text=review label=stars \\
     --target avx2 -o student-int8
+optimum-cli flexcompress quantize -m length-adaptive --length-config 315,251,242,159,142,33 -o fewer-tokens-int8
 """
 
     @staticmethod
@@ -48,6 +49,12 @@ optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv
             "--per-tensor",
             action="store_true",
             help="One weight scale for each matrix instead of each output feature.",
+        )
+        how.add_argument(
+            "--length-config",
+            metavar="LENGTHS",
+            help="How many tokens each layer keeps: counts (315,251,242) or fractions (1.0,0.8,0.5), one per layer, a "
+            "JSON file with them, such as `search` writes for a pick, or full (default: what the model carries).",
         )
         how.add_argument("--no-embeddings", action="store_true", help="Leave embedding tables in single precision.")
         how.add_argument("--no-fuse", action="store_true", help="Leave the graph as it was exported.")
@@ -100,6 +107,11 @@ optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv
             options["calibration_method"] = args.calibration
 
         target = backend.find_target(args.target, args.mode).name
+        lengths = None
+        if args.length_config is not None:
+            from optimum_flexcompress.token_dropping import read_lengths
+
+            lengths = read_lengths(args.length_config)
         columns = read_columns(args.columns)
         examples = self._examples(columns) if args.mode == "static" else None
 
@@ -115,6 +127,7 @@ optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv
             calibration_dataset=examples,
             num_calibration_samples=args.samples,
             task=args.task,
+            **({} if lengths is None else {"length_config": lengths}),
             overwrite=args.overwrite,
             progress=True,
             **options,

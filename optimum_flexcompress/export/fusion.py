@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import FlexCompressError
 from .attention import find_attentions, fuse, measure
+from .dropping import dropping_length, drops_tokens, lengths_in
 from .first_token import keep_first_token
 from .graph import Graph, has_subgraphs, load_model, save_model
 from .probe import Feeds, Reference, can_probe, made_up_feeds
@@ -56,6 +57,9 @@ def fuse_graph(model: ModelProto, config: PretrainedConfig | None = None) -> tup
         return model, report
     if not can_probe(model):
         report.left["all"] = "the model is too big to be checked in memory"
+        return model, report
+    if drops_tokens(model) and lengths_in(config) is None:
+        report.left["all"] = "it drops tokens, and its configuration does not say how many"
         return model, report
     feeds = probing_feeds(model, config)
     attentions, report.left = find_attentions(Graph(model))
@@ -106,7 +110,11 @@ def probing_feeds(model: ModelProto, config: PretrainedConfig | None) -> list[Fe
     vocabulary = min(getattr(config, "vocab_size", None) or 8, 1000)
     end = getattr(config, "eos_token_id", None)
     end = end if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) else None
-    return [made_up_feeds(model, seed, scale, image_size, vocabulary, end) for seed, scale in ((0, 1), (1, 2))]
+    options = {"image_size": image_size, "vocabulary": vocabulary, "end_token": end}
+    lengths = lengths_in(config) if drops_tokens(model) else None
+    # What is measured where nothing is dropped does not hold where something is.
+    second = {"scale": 2} if lengths is None else {"length": dropping_length(config, lengths)}
+    return [made_up_feeds(model, 0, **options), made_up_feeds(model, 1, **second, **options)]
 
 
 def _sum_residuals(graph: Graph) -> None:

@@ -55,6 +55,7 @@ def made_up_feeds(
     image_size: int = 224,
     vocabulary: int = 8,
     end_token: int | None = None,
+    length: int | None = None,
 ) -> Feeds:
     """Inputs that a model accepts: random token ids and numbers, and masks with padding on the right.
 
@@ -65,6 +66,7 @@ def made_up_feeds(
         image_size: Height and width of images.
         vocabulary: Token ids are below this.
         end_token: A token that every row holds once: heads of encoder-decoders read the last one.
+        length: Of all sequences, instead of sizes of their own.
 
     Returns:
         One array for each input.
@@ -77,7 +79,7 @@ def made_up_feeds(
             continue
         kind = value.type.tensor_type.elem_type
         shape = [
-            axis.dim_value if axis.HasField("dim_value") else _axis_size(axis.dim_param, scale, image_size)
+            axis.dim_value if axis.HasField("dim_value") else _axis_size(axis.dim_param, scale, image_size, length)
             for axis in value.type.tensor_type.shape.dim
         ]
         if kind == TensorProto.BOOL:
@@ -104,7 +106,7 @@ def made_up_feeds(
     return feeds
 
 
-def _axis_size(name: str, scale: int, image_size: int) -> int:
+def _axis_size(name: str, scale: int, image_size: int, length: int | None) -> int:
     """The size of a symbolic axis; names such as `past_sequence_length + sequence_length` are sums."""
     total = 0
     for part in name.split("+"):
@@ -114,7 +116,7 @@ def _axis_size(name: str, scale: int, image_size: int) -> int:
         elif part in ("height", "width"):
             total += image_size
         elif "sequence" in part:
-            total += _SIZES.get(part, 7) * scale
+            total += length or _SIZES.get(part, 7) * scale
         else:
             total += _SIZES.get(part, 2)
     return total

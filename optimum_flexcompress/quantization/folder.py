@@ -58,6 +58,7 @@ def quantize_folder(
     calibration_dataset: Iterable[Mapping[str, Any]] | None = None,
     num_calibration_samples: int = 200,
     task: str | None = None,
+    length_config: Any = None,
     overwrite: bool = False,
     progress: bool = False,
     **options: Any,
@@ -73,6 +74,8 @@ def quantize_folder(
             [`Prepared.dataset`](~optimum_flexcompress.tasks.Prepared).
         num_calibration_samples: How many of them are used at most.
         task: For the export, where the model's class does not tell it.
+        length_config: For the export: how many tokens each layer of the encoder keeps, see
+            [`~optimum_flexcompress.export.export_onnx`]; by default, what the model carries.
         overwrite: Whether `output` may be replaced.
         progress: Whether progress is shown.
         **options: Further fields of [`FlexORTQuantizationConfig`], such as `per_channel=False`.
@@ -85,7 +88,7 @@ def quantize_folder(
     """
     check_output_folder(output, overwrite=overwrite)
     config = FlexORTQuantizer.read_config(None, {"mode": mode, "target": target, **options})
-    quantizer = FlexORTQuantizer.from_pretrained(model, task=task)
+    quantizer = FlexORTQuantizer.from_pretrained(model, task=task, length_config=length_config)
     path = quantizer.quantize(
         config,
         output,

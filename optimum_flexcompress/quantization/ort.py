@@ -99,6 +99,7 @@ class FlexORTQuantizer(ORTQuantizer):
         file_name: str | None = None,
         task: str | None = None,
         processor: Any = None,
+        length_config: Any = None,
     ) -> FlexORTQuantizer:
         """Opens what is to be quantized.
 
@@ -108,15 +109,19 @@ class FlexORTQuantizer(ORTQuantizer):
             file_name: One file of the folder; by default all of them.
             task: For the export, where the model's class does not tell it.
             processor: For the export of a model in memory: its tokenizer or image processor, to be saved beside.
+            length_config: For the export: how many tokens each layer keeps, see [`export_onnx`]; by default, what the
+                model carries.
 
         Raises:
-            FlexCompressError: There is no model, or it cannot be exported.
+            FlexCompressError: There is no model, it cannot be exported, or it is ONNX already and lengths are given.
         """
         if isinstance(model_or_path, ORTModel):
+            _check_no_lengths(length_config)
             return cls._from_ort_model(model_or_path)
         if not isinstance(model_or_path, PreTrainedModel):
             path = Path(model_or_path).expanduser()
             if path.is_file() and path.suffix == ".onnx":
+                _check_no_lengths(length_config)
                 return cls(path)
             files = sorted(path.glob("*.onnx")) if path.is_dir() else []
             if file_name is not None:
@@ -124,9 +129,12 @@ class FlexORTQuantizer(ORTQuantizer):
                 if not files:
                     raise FlexCompressError(f"{path} holds no file {file_name}: check the name.")
             if files:
+                _check_no_lengths(length_config)
                 return cls(files[0], files=files)
         exported = tempfile.TemporaryDirectory(prefix="flexcompress-export-")
-        files = export_onnx(model_or_path, Path(exported.name) / "model", task=task, processor=processor)
+        files = export_onnx(
+            model_or_path, Path(exported.name) / "model", task=task, processor=processor, length_config=length_config
+        )
         quantizer = cls(files[0], files=files)
         # Removed with the quantizer.
         quantizer._exported = exported
@@ -301,6 +309,13 @@ class FlexORTQuantizer(ORTQuantizer):
             "files": {name: vars(report) for name, report in self.reports.items()},
         }
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_no_lengths(length_config: Any) -> None:
+    if length_config is not None:
+        raise FlexCompressError(
+            "The lengths of an ONNX model are part of its graph: give the PyTorch model to choose others."
+        )
 
 
 def _ranges_of(ranges: Mapping[str, Any] | TensorsData | None, file_name: str) -> dict[str, Range] | None:

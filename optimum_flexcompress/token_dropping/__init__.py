@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from .lengths import FULL, LengthConfig
 from .model import check_lengths, dropping_stack, lengths_of, set_lengths, using_lengths
+from .reading import read_lengths
 
 
-__all__ = ["FULL", "LengthConfig", "check_lengths", "dropping_stack", "lengths_of", "set_lengths", "using_lengths"]
+__all__ = [
+    "FULL",
+    "LengthConfig",
+    "check_lengths",
+    "dropping_stack",
+    "lengths_of",
+    "read_lengths",
+    "set_lengths",
+    "using_lengths",
+]

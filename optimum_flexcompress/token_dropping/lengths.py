@@ -141,6 +141,18 @@ class LengthConfig:
             return [min(value, length) for value in self.values]
         return [kept_of(length, numerator(value)) for value in self.values]
 
+    def dropping_length(self) -> int:
+        """The shortest input that the first layer to drop any token shortens."""
+        if self.unit == "counts":
+            return self.values[0] + 1
+        fraction = next((value for value in self.values if value < 1), None)
+        if fraction is None:
+            return 1
+        length = 1
+        while kept_of(length, numerator(fraction)) == length:
+            length += 1
+        return length
+
     def layers(self, indices: Sequence[int]) -> LengthConfig:
         """The lengths of some of the layers, in a new order; none is longer than the one before."""
         return LengthConfig(
