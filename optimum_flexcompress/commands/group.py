@@ -7,9 +7,10 @@ from optimum.commands.flexcompress.base import describe_parser
 from optimum.commands.flexcompress.benchmark import BenchmarkCommand
 from optimum.commands.flexcompress.compress import CompressCommand
 from optimum.commands.flexcompress.quantize import QuantizeCommand
+from optimum.commands.flexcompress.search import SearchCommand
 
 
-_COMMANDS = (CompressCommand, QuantizeCommand, BenchmarkCommand)
+_COMMANDS = (CompressCommand, SearchCommand, QuantizeCommand, BenchmarkCommand)
 
 
 class FlexCompressGroupCommand(BaseOptimumCLICommand):

@@ -36,18 +36,20 @@ class Space(Protocol):
     Attributes:
         kind: Name of its candidates in the file of the front.
         size: How many different candidates there are.
+        full: The candidate that takes nothing away.
         distributions: The genes, as Optuna knows them.
     """
 
     kind: str
     size: int
+    full: Candidate
     distributions: dict[str, optuna.distributions.BaseDistribution]
 
     def start(self, count: int) -> list[Candidate]:
-        """At most `count` candidates to start from, the full model first."""
+        """At most `count` candidates to start from, the full one first."""
 
     def all(self) -> Iterator[Candidate]:
-        """Every candidate."""
+        """Every candidate, the full one first."""
 
     def genes(self, candidate: Candidate) -> dict[str, Any]:
         """The genes of a candidate."""
@@ -134,9 +136,15 @@ class Evolution:
                     if not self.store.claim(key_of(candidate)):
                         self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
                         continue
-                    self._score(trial, candidate, score)
+                    self._score(candidate, score, trial)
                     bar.update(len(self.store.scores()) - bar.n)
-            self._wait_for_full()
+            # Without the full model there is nothing to compare with; another worker may still be at it.
+            while self.space.full not in self.scores():
+                self._bring_back_abandoned()
+                if self.store.claim(key_of(self.space.full)):
+                    self._score(self.space.full, score)
+                else:
+                    time.sleep(POLL)
 
     def scores(self) -> dict[Candidate, Score]:
         """All scores, in the order in which they came."""
@@ -146,20 +154,24 @@ class Evolution:
     # Steps
 
     def _enqueue_start(self) -> None:
-        """Queues what is still to be scored of the start, and what dead workers had at hand."""
-        self.store.take_abandoned()
+        """Queues what is still to be scored of the start."""
+        self._bring_back_abandoned()
         known = self.store.known() | {key_of(candidate) for candidate in self._waiting()}
         for candidate in self.start:
             if key_of(candidate) not in known:
                 self._study.enqueue_trial(self.space.genes(candidate))
+
+    def _bring_back_abandoned(self) -> None:
+        """Queues what workers that died had at hand."""
+        for key in self.store.take_abandoned():
+            self._study.enqueue_trial(self.space.genes(tuple(json.loads(key))))
 
     def _waiting(self) -> list[Candidate]:
         trials = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
         return [self.space.decode(trial.system_attrs["fixed_params"]) for trial in trials]
 
     def _goes_on(self) -> bool:
-        for key in self.store.take_abandoned():
-            self._study.enqueue_trial(self.space.genes(tuple(json.loads(key))))
+        self._bring_back_abandoned()
         if len(self.store.known()) >= self.trials:
             return False
         return bool(self._waiting()) or not self._stands_still()
@@ -177,15 +189,18 @@ class Evolution:
         return True
 
     def _next(self) -> tuple[optuna.Trial, Candidate]:
-        finished = self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-        if len(finished) < self.population and not self._waiting():
+        scored = list(self.scores())
+        if len(scored) < self.population and not self._waiting():
             # Other workers are still at the first generation, of which Optuna would draw the rest at random.
-            parents = [self.space.decode(trial.params) for trial in finished] or self.start
-            self._study.enqueue_trial(self.space.genes(self._child(parents)))
+            self._study.enqueue_trial(self.space.genes(self._child(scored or self.start)))
         trial = self._study.ask(self.space.distributions)
+        # Optuna counts a trial to a generation when it is asked for these, which it is not for one from the queue.
+        trial.relative_params  # noqa: B018
         return trial, self.space.decode(trial.params)
 
-    def _score(self, trial: optuna.Trial, candidate: Candidate, score: Callable[[Candidate], Score]) -> None:
+    def _score(
+        self, candidate: Candidate, score: Callable[[Candidate], Score], trial: optuna.Trial | None = None
+    ) -> None:
         key = key_of(candidate)
         try:
             with self.store.beating(key):
@@ -196,20 +211,12 @@ class Evolution:
             # itself may be what failed, and then the first error is the one to report.
             with contextlib.suppress(Exception):
                 self.store.release(key)
-                self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 self._study.enqueue_trial(self.space.genes(candidate))
+                if trial is not None:
+                    self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
             raise
-        self._study.tell(trial, [result.relative_cost, result.metric])
-
-    def _wait_for_full(self) -> None:
-        """Without the full model there is nothing to compare with; another worker may still be at it."""
-        full = key_of(self.start[0])
-        while full not in self.store.scores():
-            if full not in self.store.known() or self.store.take_abandoned():
-                raise FlexCompressError(
-                    "The worker that scored the full model ended before it was done: run the same search again."
-                )
-            time.sleep(POLL)
+        if trial is not None:
+            self._study.tell(trial, [result.relative_cost, result.metric])
 
     # Children
 

@@ -84,7 +84,6 @@ class LengthScorer:
         self._objective, self._runtime, self._timed, self._task = objective, runtime, timed, task
         self._twin = model_artifact(twin_of(model), task)
         self._full = model_artifact(model, task)
-        self._full_candidate = space.start(2)[0]
         self._folder: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> LengthScorer:
@@ -101,7 +100,7 @@ class LengthScorer:
     def __call__(self, candidate: Candidate) -> Score:
         """Scores one candidate."""
         started = time.perf_counter()
-        is_full = candidate == self._full_candidate
+        is_full = candidate == self._space.full
         with self._artifact(None if is_full else self._space.config(candidate)) as artifact:
             metric = self._held_out.score(artifact)
             relative = self._macs(candidate) / self._macs.full

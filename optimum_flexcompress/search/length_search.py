@@ -171,6 +171,7 @@ def search_lengths(
             "metric": held_out.metric,
             "examples": held_out.where,
             "batch_size": batch_size,
+            "new_tokens": new_tokens,
             **({"timed": asdict(timed)} if objective == "latency" else {}),
         }
         environment = environment_info(threads)
@@ -225,6 +226,8 @@ def search_lengths(
                     draw_front(front, folder)
 
         write()
+        if folder is not None:
+            say(f"front: {folder / FRONT_FILE}")
         if asked:
             front.pick(max_drop, max_cost=max_cost, max_latency=max_latency)
             write()
@@ -256,9 +259,8 @@ def _study_name(settings: dict, held_out: HeldOut, model: SearchedModel, environ
 def _front(
     scores: dict[Candidate, Score], space: LengthSpace, held_out: HeldOut, settings: dict, full_macs: int
 ) -> Front:
-    full_key = space.start(2)[0]
     latency = settings["objective"] == "latency"
-    full_cost = scores[full_key].details["milliseconds"] if latency else full_macs
+    full_cost = scores[space.full].details["milliseconds"] if latency else full_macs
     points = {
         candidate: Point(
             space.config(candidate).to_dict(),
@@ -277,7 +279,7 @@ def _front(
         unit=held_out.unit,
         runtime=settings["runtime"],
         max_length=space.max_length,
-        full=points[full_key],
+        full=points[space.full],
         points=pareto(points.values(), held_out.greater_is_better),
         scored=sorted(points.values(), key=lambda point: point.cost),
     )

@@ -53,6 +53,7 @@ class LengthSpace:
         self.max_length, self.unit = max_length, unit
         self._cost, self._length_drop = cost, length_drop
         self._floor = min(FLOOR, max_length)
+        self.full = (max_length,) * self._layers
         low = self._floor / max_length
         self.distributions = {
             f"layer_{index}": optuna.distributions.FloatDistribution(low, 1.0) for index in self._able
@@ -103,9 +104,9 @@ class LengthSpace:
 
         Each keeps the same share at every layer, found by bisection.
         """
-        full, smallest = self._constant(1.0), self._constant(1 - self._length_drop)
-        targets = np.linspace(self._cost(full), self._cost(smallest), count)[1:]
-        return list(dict.fromkeys([full, *(self._of_cost(target) for target in targets)]))
+        smallest = self._constant(1 - self._length_drop)
+        targets = np.linspace(self._cost(self.full), self._cost(smallest), count)[1:]
+        return list(dict.fromkeys([self.full, *(self._of_cost(target) for target in targets)]))
 
     def _constant(self, ratio: float) -> Candidate:
         return self._from_ratios([ratio] * len(self._able))

@@ -11,7 +11,7 @@ from optimum.commands.optimum_cli import main
 from optimum_flexcompress.recipes import list_recipes
 
 
-COMMANDS = ("compress", "quantize", "benchmark")
+COMMANDS = ("compress", "search", "quantize", "benchmark")
 # Runs optimum-cli and says on stderr which of the heavy packages came in.
 PROBE = """
 import sys
