@@ -82,6 +82,8 @@ class Evolution:
         population: Size of a generation, at least 2.
         trials: How many configurations are scored in all, by all workers and runs.
         patience: The search also ends when so many configurations in a row have not moved the front; 0: never.
+        focus: Configurations that lose more than this share of the full model's metric are not bred from, and do not
+            count as moving the front, as long as there are others.
         seed: Of everything random.
     """
 
@@ -95,12 +97,13 @@ class Evolution:
         population: int = 20,
         trials: int = 150,
         patience: int = 40,
+        focus: float = 0.05,
         seed: int = 42,
     ):
         for name, value, least in (("population", population, 2), ("trials", trials, 1), ("patience", patience, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise FlexCompressError(f"{name} is {value!r}: give a whole number of at least {least}.")
-        self.space, self.population, self.patience, self.seed = space, population, patience, seed
+        self.space, self.population, self.patience, self.focus, self.seed = space, population, patience, focus, seed
         self.trials = min(trials, space.size)
         self._sign = 1 if greater_is_better else -1
         with explained(), _quiet():
@@ -181,12 +184,21 @@ class Evolution:
         if not self.patience or len(scores) <= max(self.patience, len(self.start)):
             return False
         points = [(score.relative_cost, self._sign * score.metric) for score in scores]
-        worst = (max(cost for cost, _ in points), min(quality for _, quality in points))
-        area = dominated_area(points, worst)
-        if area - dominated_area(points[: -self.patience], worst) > GAIN * area:
-            return False
+        lowest = min(quality for _, quality in points)
+        for floor in (self._least_quality(self.scores()), lowest):
+            worst = (max(cost for cost, _ in points), floor)
+            area, before = dominated_area(points, worst), dominated_area(points[: -self.patience], worst)
+            if area - before > GAIN * area:
+                return False
+            if area:
+                break
         logger.info("The front has not moved over the last %d configurations: the search ends.", self.patience)
         return True
+
+    def _least_quality(self, scores: Mapping[Candidate, Score]) -> float:
+        """What a configuration must reach to be of interest."""
+        full = scores.get(self.space.full)
+        return -np.inf if full is None else self._sign * full.metric - self.focus * abs(full.metric)
 
     def _next(self) -> tuple[optuna.Trial, Candidate]:
         scored = list(self.scores())
@@ -228,7 +240,10 @@ class Evolution:
         known = self.store.known()
         # The number of configurations so far makes a search that was resumed draw what it would have drawn.
         rng = np.random.default_rng([self.seed, len(known)])
-        parents = sorted(set(parents))
+        scores = self.scores()
+        least = self._least_quality(scores)
+        good = [parent for parent in parents if parent in scores and self._sign * scores[parent].metric >= least]
+        parents = sorted(set(good if len(good) > 1 else parents))
         child = self._breed(parents, rng)
         for _ in range(ATTEMPTS):
             if key_of(child) not in known:

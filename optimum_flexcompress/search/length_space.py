@@ -16,6 +16,8 @@ from .store import optuna
 
 FLOOR = 2
 """Tokens that a searched configuration keeps at least."""
+START_SHARE = 0.25
+"""Of the full cost, where the start ends: cheaper ones lose too much to be of interest."""
 _HALVINGS = 40
 
 
@@ -30,7 +32,7 @@ class LengthSpace:
         max_length: Length of the input.
         unit: What the configurations are in: `"counts"`, or `"fractions"` of the maximum length.
         cost: What a candidate costs, falling with its lengths.
-        length_drop: The smallest candidate to start from drops this share at every layer; mutation goes below it.
+        length_drop: Share that each layer of the smallest configuration of training drops.
     """
 
     kind = "lengths"
@@ -100,19 +102,21 @@ class LengthSpace:
         yield from map(self._whole, itertools.combinations_with_replacement(lengths, len(self._able)))
 
     def start(self, count: int) -> list[Candidate]:
-        """Candidates of equal steps in cost, from full lengths to the smallest that training knows.
+        """Candidates of equal steps in cost, from full lengths to a quarter of their cost.
 
-        Each keeps the same share at every layer, found by bisection.
+        They end at the smallest that training knows where that is cheaper. Each keeps the same share at every layer,
+        found by bisection.
         """
-        smallest = self._constant(1 - self._length_drop)
-        targets = np.linspace(self._cost(self.full), self._cost(smallest), count)[1:]
+        full, trained = self._cost(self.full), self._cost(self._constant(1 - self._length_drop))
+        lowest = max(min(full * START_SHARE, trained), self._cost(self._constant(0.0)))
+        targets = np.linspace(full, lowest, count)[1:]
         return list(dict.fromkeys([self.full, *(self._of_cost(target) for target in targets)]))
 
     def _constant(self, ratio: float) -> Candidate:
         return self._from_ratios([ratio] * len(self._able))
 
     def _of_cost(self, target: float) -> Candidate:
-        low, high = self._floor / self.max_length, 1.0
+        low, high = 0.0, 1.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             low, high = (middle, high) if self._cost(self._constant(middle)) < target else (low, middle)
