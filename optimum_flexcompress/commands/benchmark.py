@@ -59,6 +59,13 @@ optimum-cli flexcompress benchmark student --baseline teacher --dataset reviews.
             metavar="N",
             help="Rows at a time while evaluating (default: 32).",
         )
+        data.add_argument(
+            "--sentence",
+            nargs="+",
+            metavar="TEXT",
+            help="A text, or two for a task that reads pairs, for which the report shows the words that models with "
+            "dropped tokens keep (default: one of the data set).",
+        )
         timing = parser.add_argument_group("timing")
         timing.add_argument(
             "--batch-sizes",
@@ -127,6 +134,7 @@ optimum-cli flexcompress benchmark student --baseline teacher --dataset reviews.
             columns=read_columns(args.columns),
             max_length=args.max_length,
             max_samples=args.max_samples,
+            sentence=args.sentence,
             batch_sizes=args.batch_sizes,
             lengths=args.lengths,
             new_tokens=args.new_tokens,

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from .latency import Timing, measure_side_by_side
     from .memory import measure_peak_memory
     from .report import Report
+    from .token_plots import plot_lengths, plot_words
+    from .tokens import TokenTrace, trace_tokens
 
 _WHERE = {
     "Artifact": "artifact",
     "Report": "report",
     "Timing": "latency",
+    "TokenTrace": "tokens",
     "compare_predictions": "compare",
     "count_macs": "cost",
     "count_parameters": "cost",
@@ -30,13 +33,17 @@ _WHERE = {
     "measure_peak_memory": "memory",
     "measure_side_by_side": "latency",
     "open_artifact": "artifact",
+    "plot_lengths": "token_plots",
+    "plot_words": "token_plots",
     "run_benchmark": "benchmark",
+    "trace_tokens": "tokens",
 }
 
 __all__ = [
     "Artifact",
     "Report",
     "Timing",
+    "TokenTrace",
     "compare_predictions",
     "count_macs",
     "count_parameters",
@@ -46,7 +53,10 @@ __all__ = [
     "measure_peak_memory",
     "measure_side_by_side",
     "open_artifact",
+    "plot_lengths",
+    "plot_words",
     "run_benchmark",
+    "trace_tokens",
 ]
 
 

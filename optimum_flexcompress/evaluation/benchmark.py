@@ -23,6 +23,7 @@ from ..tasks.labels import names_of_model
 from .artifact import Artifact, open_artifact
 from .compare import compare_predictions
 from .cost import count_macs, count_parameters, file_size, skeleton
+from .dropping import explain_words, kept_by_layer, lengths_in
 from .environment import busy_cores, environment_info
 from .evaluate import Evaluation, evaluate_artifact, stream_batches
 from .inputs import example_batch
@@ -47,6 +48,7 @@ def run_benchmark(
     columns: Mapping[str, str] | None = None,
     max_length: int | None = None,
     max_samples: int | None = None,
+    sentence: str | Sequence[str] | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     lengths: Sequence[int] = (128,),
     new_tokens: int = 32,
@@ -76,6 +78,8 @@ def run_benchmark(
         columns: See [`Task.find_columns`].
         max_length: Longest input in tokens; None: the task's default.
         max_samples: Evaluate on at most so many rows, drawn at random.
+        sentence: A text (or a pair) for which the page shows the words that models with dropped tokens keep; None: one
+            of the data set.
         batch_sizes: Batch sizes to time.
         lengths: Sequence lengths to time, each with every batch size.
         new_tokens: For generating models: tokens to generate while timing, and the bound while evaluating.
@@ -104,11 +108,16 @@ def run_benchmark(
         if html:
             require_report_extra()
     check_shapes(batch_sizes, lengths, rounds)
+    if sentence is not None and not isinstance(sentence, str) and len(sentence) not in (1, 2):
+        raise FlexCompressError(f"sentence is {len(sentence)} texts: give one, or two for a task that reads pairs.")
     paths, baseline = name_models(folders, baseline)
     task = get_task(task if task is not None else infer_task(paths[baseline]))
     with using_threads(threads) as threads:
         artifacts = {name: open_artifact(path, task, threads=threads) for name, path in paths.items()}
-        prepared, split = _prepare(artifacts[baseline], task, data, split, columns, max_length, max_samples)
+        loaded = load_data(data)
+        split = select_split(loaded, split)
+        evaluated = take(loaded[split], max_samples)
+        prepared = _prepare(artifacts[baseline], task, loaded, split, evaluated, columns, max_length)
         check_same_inputs(artifacts, baseline)
         for artifact in artifacts.values():
             # Fails now, before the long work, where a length could not be timed.
@@ -117,9 +126,12 @@ def run_benchmark(
 
         evaluations = _evaluate(artifacts, baseline, prepared, eval_batch_size, new_tokens, progress)
         results = {
-            name: _describe(name, artifact, evaluations[name], lengths, new_tokens)
+            name: _describe(name, artifact, evaluations[name], lengths, new_tokens, prepared.dataset[EVALUATED])
             for name, artifact in artifacts.items()
         }
+        words = explain_words(artifacts, evaluated, task.find_columns(loaded, columns), sentence, max_length)
+        for name, trace in words.items():
+            results[name].words = trace
         for name, result in results.items():
             if name != baseline:
                 result.comparison = compare_predictions(
@@ -216,15 +228,13 @@ def using_threads(threads: int | None):
 def _prepare(
     artifact: Artifact,
     task: Task,
-    data: Any,
-    split: str | None,
+    loaded: DatasetDict,
+    split: str,
+    evaluated: Dataset,
     columns: Mapping[str, str] | None,
     max_length: int | None,
-    max_samples: int | None,
-) -> tuple[Prepared, str]:
-    loaded = load_data(data)
-    split = select_split(loaded, split)
-    rows = DatasetDict({EVALUATED: take(loaded[split], max_samples)})
+) -> Prepared:
+    rows = DatasetDict({EVALUATED: evaluated})
     if names_of_model(artifact.config) is None and split != "train" and "train" in loaded:
         # A model without class names has them in the order of its training split.
         rows["train"] = loaded["train"]
@@ -242,7 +252,7 @@ def _prepare(
             f"The data set has {len(prepared.label_names)} classes, but {artifact.path} has a head for "
             f"{artifact.config.num_labels}: benchmark a model that was trained for this data set."
         )
-    return prepared, split
+    return prepared
 
 
 def _evaluate(
@@ -273,13 +283,15 @@ def _evaluate(
 
 
 def _describe(
-    name: str, artifact: Artifact, evaluation: Evaluation, lengths: Sequence[int], new_tokens: int
+    name: str, artifact: Artifact, evaluation: Evaluation, lengths: Sequence[int], new_tokens: int, rows: Dataset
 ) -> ModelResult:
     model = artifact.model if artifact.backend == "pytorch" else skeleton(artifact.folder, artifact.task)
     macs = {}
     for length in lengths if artifact.task.name != "image-classification" else [0]:
         batch = forward_inputs(artifact, example_batch(artifact.config, artifact.task, 1, length), new_tokens)
         macs[str(length) if length else "image"] = count_macs(model, batch)
+    config = lengths_in(artifact)
+    longest = example_batch(artifact.config, artifact.task, 1, max(lengths))
     return ModelResult(
         name=name,
         path=str(artifact.path),
@@ -289,6 +301,7 @@ def _describe(
         size=file_size(artifact.path),
         macs=macs,
         metrics={key: float(value) for key, value in evaluation.metrics.items()},
+        lengths=None if config is None else kept_by_layer(config, model, longest, rows),
     )
 
 

@@ -88,7 +88,7 @@ def file_size(path: str | os.PathLike) -> int:
 
 
 def skeleton(folder: str | os.PathLike, task: Task) -> nn.Module:
-    """A PyTorch model of the sizes that a folder describes, with random weights.
+    """A PyTorch model of the sizes and lengths that a folder describes, with random weights.
 
     An ONNX folder tells its sizes in `config.json`, as does a PyTorch one; the numbers of parameters and MACs of the
     architecture do not depend on what runs it.
@@ -105,8 +105,10 @@ def skeleton(folder: str | os.PathLike, task: Task) -> nn.Module:
     """
     from transformers import AutoConfig
 
+    from ..config_sizes import LENGTHS_KEY
     from ..structure import ModelStructure
     from ..surgery import resize
+    from ..token_dropping import set_lengths
 
     config = AutoConfig.from_pretrained(str(folder))
     description = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -115,4 +117,7 @@ def skeleton(folder: str | os.PathLike, task: Task) -> nn.Module:
         model = task.auto_class.from_config(config).eval()
     except (TypeError, ValueError) as error:
         raise FlexCompressError(f"{folder}/config.json describes no {task.auto_class_name}: {error}") from error
-    return resize(model, ModelStructure.from_dict(structure)) if structure else model
+    if structure:
+        model = resize(model, ModelStructure.from_dict(structure))
+    lengths = description.get(LENGTHS_KEY)
+    return set_lengths(model, lengths) if lengths else model

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..errors import MissingExtraError
 from .environment import describe_environment
 from .formatting import format_bytes, format_change, format_metric, format_share
+from .tokens import TokenTrace, step_name
 
 
 try:
@@ -28,33 +29,58 @@ def render_page(report: Report) -> str:
     Returns:
         HTML with everything inside: no script, no font, no picture is fetched from anywhere.
     """
-    from . import plots
+    from . import plots, token_plots
 
-    environment = Environment(
+    shapes = [*report.shapes(), *(["stream"] if any(model.stream for model in report.models) else [])]
+    scatter = [plots.metric_against_latency(report, shape) for shape in shapes]
+    others = [model for model in report.models if model.name != report.baseline]
+    classes = [plots.class_changes(report, model) for model in others]
+    return (
+        _templates()
+        .get_template("report.html")
+        .render(
+            report=report,
+            others=others,
+            summary=report.summary_rows(),
+            times=report.time_rows(),
+            colours=plots.colours(report),
+            cards=[_card(report, model) for model in others],
+            latency=Markup(plots.latency_bars(report) or ""),
+            sizes=Markup(plots.size_bars(report)),
+            gains=report.length_rows(),
+            kept=[Markup(picture) for picture in token_plots.kept_of_report(report)],
+            words=[(model.name, model.words) for model in report.models if model.words],
+            read_trace=TokenTrace.from_dict,
+            step_name=step_name,
+            scatter=[Markup(picture) for picture in scatter if picture],
+            classes=[Markup(picture) for picture in classes if picture],
+            environment=describe_environment(report.environment),
+            format_share=format_share,
+            format_bytes=format_bytes,
+        )
+    )
+
+
+def render_words(trace: TokenTrace, title: str) -> str:
+    """Renders which words of a text survive to which layer.
+
+    Args:
+        trace: What [`trace_tokens`] returned.
+        title: Of the page.
+
+    Returns:
+        HTML with everything inside.
+    """
+    return _templates().get_template("words_page.html").render(trace=trace, title=title, step_name=step_name)
+
+
+def _templates() -> Environment:
+    return Environment(
         loader=PackageLoader("optimum_flexcompress.evaluation", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    shapes = [*report.shapes(), *(["stream"] if any(model.stream for model in report.models) else [])]
-    scatter = [plots.metric_against_latency(report, shape) for shape in shapes]
-    others = [model for model in report.models if model.name != report.baseline]
-    classes = [plots.class_changes(report, model) for model in others]
-    return environment.get_template("report.html").render(
-        report=report,
-        others=others,
-        summary=report.summary_rows(),
-        times=report.time_rows(),
-        colours=plots.colours(report),
-        cards=[_card(report, model) for model in others],
-        latency=Markup(plots.latency_bars(report) or ""),
-        sizes=Markup(plots.size_bars(report)),
-        scatter=[Markup(picture) for picture in scatter if picture],
-        classes=[Markup(picture) for picture in classes if picture],
-        environment=describe_environment(report.environment),
-        format_share=format_share,
-        format_bytes=format_bytes,
     )
 
 

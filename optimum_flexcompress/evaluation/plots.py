@@ -88,7 +88,7 @@ def metric_against_latency(report: Report, shape: str) -> str | None:
         axes.set_xlabel("milliseconds per batch (left is faster)" if shape != "stream" else "milliseconds per input")
         axes.set_ylabel(f"{report.metric}{unit} (up is better)")
         axes.grid(True)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _label_points(axes, points: list[tuple[str, float, float]]) -> None:
@@ -124,7 +124,7 @@ def size_bars(report: Report) -> str:
         for index, (axes, (title, values, show)) in enumerate(zip(all_axes, panels)):
             _bars(axes, report, values, [show(value) for value in values], names=index == 0)
             axes.set_title(title)
-        return _svg(figure)
+        return svg(figure)
 
 
 def latency_bars(report: Report) -> str | None:
@@ -153,7 +153,7 @@ def latency_bars(report: Report) -> str | None:
             axes.set_title(title)
         for axes in all_axes[len(panels) :]:
             axes.set_axis_off()
-        return _svg(figure)
+        return svg(figure)
 
 
 def _bars(axes, report: Report, values: list[float], notes: list[str], names: bool, spreads=None) -> None:
@@ -210,21 +210,21 @@ def class_changes(report: Report, model: ModelResult) -> str | None:
         figure.suptitle(f"{model.name}: change of accuracy by class", x=0.01, ha="left", fontsize=10.5, color=INK)
         axes.set_xlabel("points (rows of the class in brackets)")
         axes.grid(True, axis="x")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _short(name: str, limit: int = 34) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element without background, fixed size or fixed ink."""
     buffer = io.StringIO()
     # No date and no metadata: the same figures give the same file.
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1).replace(
-        re.search(r'height="[\d.]+pt" ', svg).group(0), "", 1
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", text, count=1).replace(
+        re.search(r'height="[\d.]+pt" ', text).group(0), "", 1
     )

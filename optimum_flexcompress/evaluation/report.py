@@ -22,6 +22,7 @@ from .formatting import (
     format_speedup,
     text_table,
 )
+from .latency import Timing
 
 
 JSON_NAME = "report.json"
@@ -49,6 +50,11 @@ class ModelResult:
             `speedup` over the baseline.
         stream: The same for inputs of real lengths one by one: seconds for one, `p95`, `mean_length`, `rows`.
         memory: Bytes, what [`optimum_flexcompress.evaluation.measure_peak_memory`] returned.
+        lengths: Of a model that drops tokens: its length configuration (`config`) and what it comes to, as tokens of
+            an input and tokens left after each layer: for the longest length that was timed (`kept`), and on average
+            over the data set (`real`).
+        words: Which words of one text survive to which layer, as a [`optimum_flexcompress.evaluation.TokenTrace`]; or
+            why that cannot be told (`note`).
     """
 
     name: str
@@ -64,6 +70,8 @@ class ModelResult:
     latency: dict[str, dict[str, Any]] = field(default_factory=dict)
     stream: dict[str, Any] | None = None
     memory: dict[str, int] | None = None
+    lengths: dict[str, Any] | None = None
+    words: dict[str, Any] | None = None
 
 
 @dataclass
@@ -155,7 +163,7 @@ class Report:
             raise FlexCompressError(f"{path} is not valid JSON ({error.msg}): run the benchmark again.") from error
 
     def save(self, folder: str | os.PathLike, html: bool = True) -> Path:
-        """Writes `report.json` and `report.html`.
+        """Writes `report.json` and `report.html`, and pictures of dropped tokens where a model drops some.
 
         Args:
             folder: An existing folder; see [`optimum_flexcompress.output.atomic_folder`].
@@ -171,6 +179,9 @@ class Report:
         page = self.to_html() if html else None
         write_text_atomically(folder / JSON_NAME, self.to_json())
         if page is not None:
+            from .token_plots import save_pictures
+
+            save_pictures(self, folder)
             write_text_atomically(folder / HTML_NAME, page)
         return folder
 
@@ -226,6 +237,44 @@ class Report:
             rows.append(row)
         return header, rows
 
+    def length_rows(self) -> tuple[list[str], list[list[str]]]:
+        """The third table: what dropping tokens gains, each model against the closest one that keeps them all.
+
+        That is the last one above it with the same runtime, precision and sizes. Without such pairs there are no rows.
+        """
+        shapes = self.shapes()
+        pairs = [(model, other) for model in self.models if (other := self._without_dropping(model))]
+        streams = any(model.stream and other.stream for model, other in pairs)
+        header = ["model", "instead of", self.metric, *(["MACs"] if any(model.macs for model, _ in pairs) else [])]
+        header += [f"{shape} faster" for shape in shapes] + (["real lengths faster"] if streams else [])
+        rows = []
+        for model, other in pairs:
+            value, before = (found.metrics.get(self.metric) for found in (model, other))
+            row = [model.name, other.name]
+            row.append(format_change(None if value is None or before is None else value - before, self.unit))
+            if model.macs:
+                length = list(model.macs)[-1]
+                row.append(format_share(model.macs[length] / other.macs[length]) if length in other.macs else MISSING)
+            for shape in shapes:
+                row.append(format_speedup(_faster(model.latency.get(shape), other.latency.get(shape))))
+            if streams:
+                row.append(format_speedup(_faster(model.stream, other.stream)))
+            rows.append(row)
+        return header, rows
+
+    def _without_dropping(self, model: ModelResult) -> ModelResult | None:
+        if model.lengths is None:
+            return None
+        alike = [
+            other
+            for other in self.models
+            if other.lengths is None
+            and (other.backend, other.precision, other.parameters)
+            == (model.backend, model.precision, model.parameters)
+        ]
+        above = [other for other in alike if self.models.index(other) < self.models.index(model)]
+        return above[-1] if above else alike[0] if alike else None
+
     def table(self) -> str:
         """The report for a terminal."""
         parts = [f"{self.task} on {self.dataset}, split {self.split} ({self.rows} rows); baseline: {self.baseline}"]
@@ -236,8 +285,23 @@ class Report:
                 "Time for one batch (batch x tokens), median of interleaved rounds; speed-up over the baseline"
             )
             parts.append(text_table(header, rows))
+        header, rows = self.length_rows()
+        if rows:
+            parts.append("What dropping tokens gains")
+            parts.append(text_table(header, rows))
         parts.append(describe_environment(self.environment))
         return "\n\n".join(parts)
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _faster(timing: dict[str, Any] | None, other: dict[str, Any] | None) -> float | None:
+    """How many times faster, measured in the same rounds; None where one of them was not timed."""
+    if not timing or not other:
+        return None
+    first, second = (
+        Timing(*(values[name] for name in ("median", "iqr", "samples", "calls", "threads", "seconds")))
+        for values in (timing, other)
+    )
+    return first.speedup_over(second)

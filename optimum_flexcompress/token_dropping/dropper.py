@@ -27,6 +27,10 @@ from .state import LayerRecord, PassState
 Counts = Callable[[int], Sequence[int]]
 """Counts of the layers that run, from the length of the input."""
 
+Watch = Callable[[int, torch.Tensor | None, torch.Tensor | None], None]
+"""Told after a layer which tokens are left: the layer, positions in the input (`None`: all of them), and which of these
+are valid (`None`: all), both `[batch, length]`."""
+
 
 class TokenDropper:
     """Installs the hooks for one length configuration.
@@ -60,6 +64,7 @@ class TokenDropper:
         self._layers = {layer.index: layer for layer in stack.layers}
         self._dropping = self._dropping_layers()
         self._owner = _bias_owner(stack)
+        self.watch: Watch | None = None
         self._handles: list[Any] = []
         self._state: PassState | None = None
         self._current: LayerRecord | None = None
@@ -288,6 +293,8 @@ class TokenDropper:
     def _leave(self, index: int, module: nn.Module, args: tuple, output: Any) -> Any:
         record, state = self._current, self._state
         record.gathered = None
+        if self.watch is not None:
+            self.watch(index, state.positions, state.valid)
         values = list(output) if isinstance(output, tuple) else [output]
         place = self._table.hidden_output if isinstance(output, tuple) else 0
         if self._table.attention.returns_position_bias and record.kept is not None:

@@ -96,7 +96,8 @@ def _home(stack: StackView) -> nn.Module:
     return stack.module_list
 
 
-def _installed(view: ModelView) -> TokenDropper | None:
+def installed(view: ModelView) -> TokenDropper | None:
+    """The hooks of a model, if it has some."""
     found = (getattr(_home(stack), _ATTRIBUTE, None) for stack in view.stacks.values())
     return next((dropper for dropper in found if dropper is not None), None)
 
@@ -111,7 +112,7 @@ def _remove(view: ModelView) -> None:
 
 def lengths_of(model: PreTrainedModel) -> LengthConfig | None:
     """The length configuration that a model runs with, or `None` where it keeps all tokens."""
-    dropper = _installed(describe(model))
+    dropper = installed(describe(model))
     return dropper.lengths if dropper is not None and isinstance(dropper.lengths, LengthConfig) else None
 
 
@@ -161,7 +162,7 @@ def using_lengths(model: PreTrainedModel, lengths: Any) -> Iterator[PreTrainedMo
     Raises:
         FlexCompressError: As for [`set_lengths`].
     """
-    before = _installed(describe(model))
+    before = installed(describe(model))
     install(model, LengthConfig.parse(lengths))
     try:
         yield model
