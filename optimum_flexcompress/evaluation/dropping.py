@@ -97,7 +97,7 @@ def explain_words(
     """For each model that drops tokens, which words of a text survive to which layer.
 
     A graph of ONNX Runtime does not tell which tokens it keeps. Its lengths are then run in PyTorch, where exactly
-    one of the compared PyTorch models was trained for dropping; the trace names that model.
+    one of the compared PyTorch models has the same lengths, or was trained for dropping; the trace names that model.
 
     Args:
         artifacts: The models, by name.
@@ -127,7 +127,8 @@ def explain_words(
     ]
     traces: dict[str, dict[str, Any]] = {}
     for name, lengths in dropping.items():
-        source = name if name in able else able[0] if len(able) == 1 else None
+        alike = [other for other in able if dropping.get(other) == lengths] or able
+        source = name if name in able else alike[0] if len(alike) == 1 else None
         if source is None:
             others = f"{len(able)} PyTorch models" if able else "no PyTorch model"
             traces[name] = {

@@ -15,6 +15,11 @@ from ..output import write_text_atomically
 from ..token_dropping import LengthConfig, kept_positions, lengths_of, using_lengths
 
 
+# How tokenizers write the white space that belongs to a token, and how it is shown where it is all there is.
+SPACE_MARKS = "▁Ġ"
+WHITE_SPACE = "␣"
+
+
 @dataclass
 class Word:
     """A word, or a special token, and how long each of its pieces survives.
@@ -221,7 +226,9 @@ def _words(
         piece = whole[start:end]
         # Some tokenizers count the white space before a word to its first piece.
         start += len(piece) - len(piece.lstrip())
-        piece = piece.strip() or encoding.tokens[place]
+        # A token may be nothing but the white space, whatever its offsets say.
+        bare = not piece.strip() or not encoding.tokens[place].strip(SPACE_MARKS)
+        piece = WHITE_SPACE if bare else piece.strip()
         if current == (sequence, word):
             words[-1].pieces.append(piece)
             words[-1].survives.append(survives[place])
