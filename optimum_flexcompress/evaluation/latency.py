@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from ..errors import FlexCompressError
 
 # What torch's timer runs before each sample.
 UNTIMED_CALLS = 2
+# Threads are idle once they have used less than a fifth of a core this often in a row, for so many seconds each: on a
+# busy machine, a thread that spins may wait for its turn for a while.
+_IDLE_SHARE, _IDLE_LOOKS, _LOOK_SECONDS = 0.2, 3, 0.005
 
 
 @dataclass
@@ -72,9 +76,9 @@ def measure_side_by_side(
 ) -> dict[str, Timing]:
     """Times callables in interleaved rounds with torch's benchmark timer.
 
-    Each round times every candidate once, starting with another one each time. Right before each sample torch's timer
-    runs the candidate untimed (twice), which matters here: the threads of the previous candidate's runtime keep
-    spinning for a while after their last run, and the caches hold its weights.
+    Each round times every candidate once, starting with another one each time. Before each sample we wait until the
+    threads of the previous candidate's runtime have stopped spinning, which takes longer than several calls of a small
+    model, and torch's timer runs the candidate untimed (twice), because the caches hold the previous one's weights.
 
     Args:
         candidates: Name -> what to time, called without arguments.
@@ -114,5 +118,29 @@ def measure_side_by_side(
     for number in tqdm(range(rounds), desc=description, unit="round", leave=False, disable=not progress):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
+            wait_for_idle_threads()
             seconds[name].append(timers[name].timeit(calls[name]).mean)
     return {name: Timing.of(values, calls[name], threads) for name, values in seconds.items()}
+
+
+def wait_for_idle_threads(at_most: float = 2.0) -> bool:
+    """Waits until no other thread of this process is at work.
+
+    The workers of ONNX Runtime and of OpenMP go on spinning after a run, for tens of milliseconds and more, in case
+    another one follows; whatever is timed meanwhile shares the cores with them.
+
+    Args:
+        at_most: Seconds after which to give up.
+
+    Returns:
+        Whether they have become idle.
+    """
+    end, idle = time.perf_counter() + at_most, 0
+    while idle < _IDLE_LOOKS:
+        began, used = time.perf_counter(), time.process_time()
+        if began >= end:
+            return False
+        time.sleep(_LOOK_SECONDS)
+        busy = (time.process_time() - used) / (time.perf_counter() - began)
+        idle = idle + 1 if busy < _IDLE_SHARE else 0
+    return True

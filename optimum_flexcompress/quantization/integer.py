@@ -60,6 +60,8 @@ class _Product:
     transposed: bool
     bias: str | None
     output: str
+    # Whether it is computed with the opposite sign.
+    negative: bool = False
 
 
 def products_of(model: ModelProto, options: IntegerOptions = DEFAULT_OPTIONS) -> dict[str, str]:
@@ -87,7 +89,7 @@ def quantize_integer(
         How many of each were made int8: `static`, `dynamic` (products) and `tables`.
     """
     counts = {"static": 0, "dynamic": 0, "tables": 0}
-    rounded: dict[tuple[str, bool], tuple[str, str]] = {}
+    rounded: dict[tuple[str, bool, bool], tuple[str, str]] = {}
     _quantize_graph(model.graph, {}, options, dict(ranges or {}), counts, model.graph, rounded)
     _drop_unused_initializers(model.graph)
     if (counts["static"] or counts["dynamic"]) and not options.pairs:
@@ -145,6 +147,23 @@ class _Scope:
         tensor = self.constants.get(name)
         return tensor is not None and list(tensor.dims) == [size]
 
+    def negate_summands(self) -> None:
+        """Writes the sum of a residual stream and a product as a difference, the product with the opposite sign.
+
+        ONNX Runtime computes `Sum` on one thread, `Sub` on all of them; it fuses `Add` with the norm behind it into an
+        operator that is slower than both. The sign costs nothing: it goes into the scale of the weights.
+        """
+        for product in self.products:
+            readers = self.readers.get(product.output, [])
+            if len(readers) != 1 or product.output in self.outputs:
+                continue
+            node = readers[0]
+            if node.op_type == "Sum" and len(node.input) == 2 and node.input[0] != node.input[1]:
+                other = node.input[1 if node.input[0] == product.output else 0]
+                node.op_type = "Sub"
+                node.input[:] = [other, product.output]
+                product.negative = True
+
 
 def _quantize_graph(
     graph: GraphProto,
@@ -153,9 +172,11 @@ def _quantize_graph(
     ranges: Mapping[str, Range],
     counts: dict[str, int],
     home: GraphProto,
-    rounded: dict[tuple[str, bool], tuple[str, str]],
+    rounded: dict[tuple[str, bool, bool], tuple[str, str]],
 ) -> None:
     scope = _Scope(graph, outer, options)
+    if not options.pairs:
+        scope.negate_summands()
     for node in graph.node:
         for inner in subgraphs(node):
             # Calibration measures tensors of the main graph only.
@@ -194,7 +215,8 @@ class _Writer:
         self.nodes.append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **kwargs))
 
     def _weight(self, product: _Product) -> tuple[str, str]:
-        key = (product.weight, product.transposed)
+        """The rounded weight, and its scale, which has the sign of the product."""
+        key = (product.weight, product.transposed, product.negative)
         if key not in self.rounded:
             weight = to_array(self.scope.constants[product.weight])
             weight = weight.T if product.transposed else weight
@@ -202,11 +224,23 @@ class _Writer:
                 weight, 1 if self.options.per_channel else None, self.options.reduce_range
             )
             base = f"{product.weight}{'.T' if product.transposed else ''}"
-            self.rounded[key] = (
-                self._constant(f"{base}_quantized", values),
-                self._constant(f"{base}_scale", scale),
-            )
+            other = self.rounded.get((product.weight, product.transposed, not product.negative))
+            name = other[0] if other else self._constant(f"{base}_quantized", values)
+            if product.negative:
+                self.rounded[key] = (name, self._constant(f"{base}_scale_negative", -scale))
+            else:
+                self.rounded[key] = (name, self._constant(f"{base}_scale", scale))
         return self.rounded[key]
+
+    def _bias(self, product: _Product) -> list[str]:
+        """The name of the bias, with the sign of the product, if there is one."""
+        if product.bias is None or not product.negative:
+            return [product.bias] if product.bias else []
+        key = (product.bias, False, True)
+        if key not in self.rounded:
+            bias = to_array(self.scope.constants[product.bias])
+            self.rounded[key] = (self._constant(f"{product.bias}_negative", -bias), "")
+        return [self.rounded[key][0]]
 
     def _source(self, tensor: str) -> tuple[str, str, str]:
         """The rounded activation, its scale and its zero point; made once for all that read it."""
@@ -230,7 +264,7 @@ class _Writer:
         static = product.source in self.ranges
         self.counts["static" if static else "dynamic"] += 1
         name = f"{product.nodes[0].name}_quantized"
-        bias = [product.bias] if product.bias else []
+        bias = self._bias(product)
         if static or self.uses[product.source] > 1:
             values, source_scale, zero = self._source(product.source)
             inputs = [values, weight, source_scale, scale, zero, *(["", *bias] if bias else [])]
@@ -275,7 +309,7 @@ class _Writer:
             return False
         if table.dims[0] < MIN_TABLE_ROWS or table.dims[1] < MIN_TABLE_COLUMNS:
             return False
-        key = (node.input[0], False)
+        key = (node.input[0], False, False)
         if key not in self.rounded:
             values, scale = quantize_symmetric(to_array(table), 0)
             self.rounded[key] = (

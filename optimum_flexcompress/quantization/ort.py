@@ -23,6 +23,7 @@ from ..errors import FlexCompressError, nearest
 from ..export.fusion import FusionReport, fuse_graph
 from ..export.graph import has_subgraphs, load_model, save_model
 from ..export.onnx import DECODER, DECODER_MERGED, DECODER_WITH_PAST, export_onnx
+from ..export.short_attention import choose_attention_by_size
 from ..output import atomic_folder
 from .calibration import Range, measure_ranges
 from .configuration import FlexORTQuantizationConfig
@@ -47,6 +48,7 @@ class FileReport:
         fused: Operators fused by ONNX Runtime's optimizer that became int8, by type.
         attentions: Attentions that were fused.
         attentions_left: Attentions that were not, and why.
+        attentions_by_size: Attentions with two kernels, the one that runs being chosen by the size of the input.
         first_token_only: Whether the last layer was cut to the token that the head reads.
         bytes_before: Size of the file in single precision.
         bytes_after: Size of the int8 file.
@@ -58,6 +60,7 @@ class FileReport:
     fused: dict[str, int] = field(default_factory=dict)
     attentions: int = 0
     attentions_left: dict[str, str] = field(default_factory=dict)
+    attentions_by_size: int = 0
     first_token_only: bool = False
     bytes_before: int = 0
     bytes_after: int = 0
@@ -287,12 +290,16 @@ class FlexORTQuantizer(ORTQuantizer):
                 f"{file.name} has no product of single-precision weights to make int8: it may be int8 already; give the "
                 "model in single precision."
             )
+        by_size = 0
+        if config.fuse and not target.qdq:
+            model, by_size = choose_attention_by_size(model)
         logger.info("%s: %s", file.name, counts)
         return model, FileReport(
             **counts,
             fused=fused,
             attentions=len(fusion.attentions),
             attentions_left=fusion.left,
+            attentions_by_size=by_size,
             first_token_only=fusion.first_token_only,
         )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from optimum_flexcompress.errors import FlexCompressError
-from optimum_flexcompress.evaluation import environment_info, measure_peak_memory, measure_side_by_side
+from optimum_flexcompress.evaluation import environment_info, latency, measure_peak_memory, measure_side_by_side
 from optimum_flexcompress.evaluation.environment import busy_cores, describe_environment
 from optimum_flexcompress.evaluation.latency import Timing
 from optimum_flexcompress.evaluation.workloads import StreamRun
@@ -62,6 +62,55 @@ def test_candidates_take_turns():
     # The warm-up of each; then in every round two untimed calls and a timed one, starting with another one each time.
     measured = "".join(order).removeprefix("aaabbb")
     assert measured == ("aaabbb" + "bbbaaa") * 2
+
+
+class Clock:
+    """The clock of a process with a thread that spins until some time, as workers of ONNX Runtime do after a run."""
+
+    def __init__(self):
+        self.now, self.spins_until, self.used = 0.0, 0.0, 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.used
+
+    def sleep(self, seconds: float) -> None:
+        self.used += max(0.0, min(self.spins_until - self.now, seconds))
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(latency, "time", clock)
+    return clock
+
+
+def test_waiting_for_threads_that_still_spin(clock):
+    assert latency.wait_for_idle_threads() and clock.now < 0.05
+    clock.spins_until = clock.now + 0.3
+    assert latency.wait_for_idle_threads() and 0 <= clock.now - clock.spins_until < 0.05
+    clock.spins_until, began = clock.now + 60, clock.now
+    assert not latency.wait_for_idle_threads(at_most=1.0) and clock.now - began < 1.1
+
+
+def test_nothing_is_timed_beside_threads_of_the_one_before(clock):
+    beside = []
+
+    def spin() -> None:
+        clock.spins_until = clock.now + 0.1
+
+    measure_side_by_side(
+        {"spins": spin, "other": lambda: beside.append(clock.now < clock.spins_until)},
+        rounds=3,
+        warmup=1,
+        min_sample_seconds=0.0,
+        progress=False,
+    )
+    # What tells how long a call takes, before the rounds, is no sample: one call and two of the timer's own.
+    assert len(beside) == 3 * 4 and not any(beside[3:])
 
 
 def test_ratios_of_known_times():

@@ -179,6 +179,51 @@ def test_branches_share_the_weights_of_the_main_graph():
     }
 
 
+def residual(first, second, **tensors) -> onnx.ModelProto:
+    """A residual stream: `y` is the sum of two tensors, one or both of which come from linear layers."""
+    nodes = [*linear("a", output="p"), *linear("b", output="q"), helper.make_node("Sum", [first, second], ["y"])]
+    weights = {"a.w": random(64, 64), "a.b": random(64), "b.w": random(64, 64), "b.b": random(64), **tensors}
+    outputs = ["y", *{"p", "q"} - {first, second}]
+    return model_of(nodes, weights, outputs)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize(("summands", "subtracted"), [(("x", "p"), "p"), (("q", "x"), "q"), (("p", "q"), "p")])
+def test_residual_sums_are_differences_with_the_negative(summands, subtracted, mode):
+    model = residual(*summands)
+    check(model, {"x": random(5, 64)}, ranges={"x": (-4.0, 4.0)} if mode == "static" else None)
+    (node,) = [node for node in model.graph.node if node.output[0] == "y"]
+    assert node.op_type == "Sub" and node.input[1] == subtracted and set(node.input) == set(summands)
+
+
+@pytest.mark.parametrize("options", [IntegerOptions(), IntegerOptions(per_channel=False)])
+def test_weights_of_both_signs_are_stored_once(options):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="one"),
+        helper.make_node("Add", ["m", "b"], ["p"]),
+        helper.make_node("Sum", ["p", "x"], ["s"]),
+        helper.make_node("MatMul", ["s", "w"], ["n"], name="two"),
+        helper.make_node("Add", ["n", "b"], ["q"]),
+        helper.make_node("Sum", ["s", "q"], ["t"]),
+        helper.make_node("MatMul", ["t", "w"], ["o"], name="three"),
+        helper.make_node("Add", ["o", "b"], ["y"]),
+    ]
+    model = model_of(nodes, {"w": random(64, 64) / 8, "b": random(64)}, ["y"])
+    check(model, {"x": random(5, 64)}, options, bound=0.05)
+    assert types(model).count("Sub") == 2
+    names = ["b", "b_negative", "w_quantized", "w_scale", "w_scale_negative"]
+    assert sorted(tensor.name for tensor in model.graph.initializer) == names
+
+
+def test_sums_that_need_the_sign_stay():
+    # The product is an output too, is added to itself, or is one of three.
+    for inputs, outputs in ((["x", "p"], ["y", "p"]), (["p", "p"], ["y"]), (["x", "p", "x"], ["y"])):
+        nodes = [*linear("a", output="p"), helper.make_node("Sum", inputs, ["y"])]
+        model = model_of(nodes, {"a.w": random(64, 64), "a.b": random(64)}, outputs)
+        check(model, {"x": random(5, 64)})
+        assert types(model) == ["DynamicQuantizeMatMul", "Sum"]
+
+
 def test_excluded_nodes_stay():
     model = model_of(linear(), {"l.w": random(64, 48), "l.b": random(48)}, ["y"])
     assert quantize_integer(model, IntegerOptions(exclude=frozenset({"l/MatMul"})))["dynamic"] == 0
