@@ -111,7 +111,7 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             "--storage",
             metavar="URL",
             help="Database that workers share, such as postgresql://user:password@host/name (default: an SQLite file in "
-            "OUT, which workers on this machine share).",
+            "OUT, which workers on this machine share). Workers that measure latency need a machine each.",
         )
         how.add_argument(
             "--seed", type=int, default=42, metavar="N", help="Of everything random (default: %(default)s)."

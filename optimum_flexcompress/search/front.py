@@ -96,7 +96,7 @@ class Front:
         max_cost: float | str | None = None,
         max_latency: float | None = None,
     ) -> Point:
-        """Chooses a point, other than the full model, and remembers the choice.
+        """Chooses a point that is cheaper than the full model, and remembers the choice.
 
         Args:
             max_drop: How much of the full model's metric may be lost, relative to it: `0.01` or `"1%"`. The cheapest
@@ -118,7 +118,8 @@ class Front:
         if "max_cost" in asked:
             limit = asked["max_cost"] * self.full.cost
         limit = min(limit, asked.get("max_latency", math.inf))
-        smaller = [point for point in self.points if point.candidate != self.full.candidate]
+        # As measured, a configuration may well be slower than the full model.
+        smaller = [point for point in self.points if point.cost < self.full.cost]
         cheap = [point for point in smaller if point.cost <= limit * (1 + 1e-9)]
         if "max_drop" in asked:
             # What rounding adds to a drop of exactly the limit does not count.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import FlexCompressError
 from ..evaluation.benchmark import using_threads
-from ..evaluation.environment import environment_info
+from ..evaluation.environment import busy_cores, environment_info
 from ..length_config import LENGTH_UNITS
 from ..output import check_output_folder
 from ..tasks.base import Task
@@ -27,12 +27,14 @@ from .held_out import HeldOut, open_held_out
 from .length_model import SearchedModel, open_model
 from .length_scoring import OBJECTIVES, RUNTIMES, LengthScorer, Timed, check_choice
 from .length_space import LengthSpace
-from .store import Score, open_storage
+from .store import Score, close_storage, open_storage
 
 
 logger = logging.getLogger(__name__)
 
 DATABASE = "search.db"
+FOCUS = 0.05
+"""Loss up to which configurations are bred from, unless the pick may lose half of that or more."""
 
 
 def search_lengths(
@@ -175,11 +177,14 @@ def search_lengths(
             **({"timed": asdict(timed)} if objective == "latency" else {}),
         }
         environment = environment_info(threads)
+        if objective == "latency":
+            environment["busy_cores"] = busy_cores()
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         if database is None:
             place = folder or Path(context.enter_context(tempfile.TemporaryDirectory(prefix="flexcompress-search-")))
             database = open_storage(f"sqlite:///{place / DATABASE}")
+        context.callback(close_storage, database)
         evolution = Evolution(
             space,
             database,
@@ -188,6 +193,7 @@ def search_lengths(
             population=population,
             trials=trials,
             patience=2 * population if patience is None else patience,
+            focus=max(FOCUS, 2 * asked.get("max_drop", 0.0)),
             seed=seed,
         )
         before = len(evolution.scores())

@@ -112,6 +112,12 @@ def _connect(url: str, options: dict[str, Any]) -> optuna.storages.RDBStorage:
     raise AssertionError
 
 
+def close_storage(storage: optuna.storages.RDBStorage) -> None:
+    """Closes its connections, which also tidies up beside an SQLite file."""
+    storage.remove_session()
+    storage.engine.dispose()
+
+
 def _without_waiting_for_the_disk(connection: Any, _: Any) -> None:
     """Survives a killed process as before, and lets others read meanwhile; a power cut may cost the last scores."""
     connection.execute("PRAGMA journal_mode=WAL")

@@ -81,11 +81,8 @@ def test_what_is_written(tmp_path):
     model = classifier()
     before = copy.deepcopy(model.state_dict())
     front = search(model, output=tmp_path / "front", trials=8, picture=True)
-    assert sorted(file.name for file in (tmp_path / "front").iterdir() if not file.name.startswith("search.db")) == [
-        "front.json",
-        "front.png",
-        "front.svg",
-    ]
+    files = sorted(file.name for file in (tmp_path / "front").iterdir())
+    assert files == ["front.json", "front.png", "front.svg", "search.db"]
     assert Front.load(tmp_path / "front") == front
     data = json.loads((tmp_path / "front" / "front.json").read_text())
     assert (data["objective"], data["metric"], data["unit"]) == ("macs", "accuracy", "share")
@@ -174,7 +171,7 @@ def test_picks_and_saves(tmp_path, folder):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "picked")
     assert lengths_of(loaded) == front.picked.lengths and lengths_of(loaded).unit == "fractions"
     inputs = word_tokenizer()(sentences(3), return_tensors="pt", padding=True)
-    model = AutoModelForSequenceClassification.from_pretrained(source, length_config=front.picked.lengths)
+    model = AutoModelForSequenceClassification.from_pretrained(source, length_config=front.picked.candidate)
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     files = {file.name for file in (tmp_path / "picked").iterdir()}
     assert {"flexcompress_config.json", "tokenizer.json", "README.md", "model.safetensors"} <= files
@@ -248,7 +245,7 @@ TASKS = {
         "f1",
     ),
     "vectors": ("bert", "BertModel", lambda: splits(train={"text": TEXTS}), {}, "similarity"),
-    "masked words": ("bert", "BertForMaskedLM", lambda: splits(train={"text": TEXTS * 4}), {}, "accuracy"),
+    "masked words": ("bert", "BertForMaskedLM", lambda: splits(train={"text": TEXTS * 4}), {}, "perplexity"),
     "t5": (
         "t5",
         "T5ForConditionalGeneration",
@@ -272,7 +269,7 @@ def test_every_task_with_an_encoder(name):
     model = build(family, class_name, **names)
     length = 56 if name == "questions" else 16
     front = search(model, data(), trials=3, max_length=length, new_tokens=4)
-    assert front.metric == metric or name == "masked words"
+    assert front.metric == metric and front.greater_is_better == (metric != "perplexity")
     assert len(front.scored) == 3 and front.max_length == length
     assert front.scored[0].relative_cost < 0.95 and front.full.relative_cost == 1
     if name == "vectors":
@@ -300,8 +297,9 @@ def test_the_loss_can_be_the_metric(name):
     model = build(family, class_name, **names)
     front = search(model, data(), trials=3, max_length=56, new_tokens=4, metric="loss", batch_size=3)
     assert front.metric == "loss" and not front.greater_is_better
-    one_by_one = search(model, data(), trials=3, max_length=56, new_tokens=4, metric="loss", batch_size=8)
-    assert [p.metric for p in front.scored] == pytest.approx([p.metric for p in one_by_one.scored], rel=1e-5)
+    if name != "questions":  # whose stock loss also runs over the padding of a batch
+        other = search(model, data(), trials=3, max_length=56, new_tokens=4, metric="loss", batch_size=8)
+        assert [p.metric for p in front.scored] == pytest.approx([p.metric for p in other.scored], rel=1e-5)
     assert front.points == sorted(front.points, key=lambda point: -point.metric)
 
 
@@ -354,8 +352,8 @@ def test_hold_out_parts_as_the_search_does():
 
     data = reviews(24)["train"]
     rest, held = hold_out(data, 10)
-    assert held["text"] == take(data, 10)["text"] and len(rest) == 14
-    assert sorted(rest["text"] + held["text"]) == sorted(data["text"])
+    assert list(held["text"]) == list(take(data, 10)["text"]) and len(rest) == 14
+    assert sorted([*rest["text"], *held["text"]]) == sorted(data["text"])
     for samples in (0, 24, 30):
         with pytest.raises(FlexCompressError, match="cannot be held out of 24"):
             hold_out(data, samples)
