@@ -184,8 +184,8 @@ class Evolution:
         if not self.patience or len(scores) <= max(self.patience, len(self.start)):
             return False
         points = [(score.relative_cost, self._sign * score.metric) for score in scores]
-        lowest = min(quality for _, quality in points)
-        for floor in (self._least_quality(self.scores()), lowest):
+        floors = (self._least_quality(self.scores()), min(quality for _, quality in points))
+        for floor in filter(np.isfinite, floors):
             worst = (max(cost for cost, _ in points), floor)
             area, before = dominated_area(points, worst), dominated_area(points[: -self.patience], worst)
             if area - before > GAIN * area:

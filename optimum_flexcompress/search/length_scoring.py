@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -103,6 +104,11 @@ class LengthScorer:
         is_full = candidate == self._space.full
         with self._artifact(None if is_full else self._space.config(candidate)) as artifact:
             metric = self._held_out.score(artifact)
+            if not math.isfinite(metric):
+                raise FlexCompressError(
+                    f"The {self._held_out.metric} of {list(candidate)} is {metric}: look at the model, whose outputs "
+                    "seem to be no numbers, or choose another metric."
+                )
             relative = self._macs(candidate) / self._macs.full
             details: dict[str, Any] = {"macs": self._macs(candidate)}
             if self._objective == "latency":

@@ -85,19 +85,21 @@ def _frame(axes, front: Front, scale: float) -> None:
 
 def _mark_pick(axes, front: Front, place: tuple[float, float]) -> None:
     axes.scatter(*place, s=150, facecolors="none", edgecolors=_ORANGE, linewidths=2.2, zorder=5, label="picked")
-    change = 100 * -front.drop(front.picked)
-    text = f"{front.name(front.picked)}\n{change:+.2f} % of the metric at {place[0]:.0f} % of the cost"
-    left = place[0] < 55
+    loss = 100 * front.drop(front.picked)
+    change = f"loses {loss:.2f} %" if loss > 0 else f"gains {-loss:.2f} %"
+    text = f"{front.name(front.picked)}\n{change} of the {front.metric} at {place[0]:.0f} % of the cost"
+    # Below and to the right of a front there is nothing but what it beats.
     axes.annotate(
         text,
         place,
-        xytext=(14 if left else -14, -26),
-        textcoords="offset points",
-        ha="left" if left else "right",
-        va="top",
-        fontsize=9,
+        xytext=(0.98, 0.05),
+        textcoords="axes fraction",
+        ha="right",
+        va="bottom",
+        fontsize=9.5,
         color="#a85f10",
-        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
+        arrowprops={"arrowstyle": "-", "color": _ORANGE, "linewidth": 0.9, "shrinkB": 8},
+        bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2},
         zorder=6,
     )
 

@@ -35,7 +35,7 @@ _SCORES = sql.Table(
     "flexcompress_scores",
     _TABLES,
     sql.Column("study", sql.String(80), primary_key=True),
-    sql.Column("configuration", sql.String(190), primary_key=True),
+    sql.Column("configuration", sql.String(400), primary_key=True),
     sql.Column("owner", sql.String(190), nullable=False),
     sql.Column("beat", sql.Float, nullable=False),
     sql.Column("finished", sql.Float),

@@ -388,6 +388,13 @@ def test_one_sentence_for_what_is_wrong(tmp_path, monkeypatch, options, message)
     assert not (tmp_path / "front" / "front.json").exists() and not (tmp_path / "picked").exists()
 
 
+def test_a_model_whose_outputs_are_no_numbers():
+    model = classifier()
+    torch.nn.init.constant_(model.classifier.bias, float("nan"))
+    with pytest.raises(FlexCompressError, match=r"The loss of \[16, 16, 16\] is nan: look at the model"):
+        search(model, metric="loss")
+
+
 def test_models_that_cannot_be_searched(tmp_path):
     with pytest.raises(FlexCompressError, match="is a decoder, which cannot drop tokens"):
         search(build("gpt2", "GPT2ForSequenceClassification", **NAMES))
