@@ -163,6 +163,17 @@ class MiniLMConfig(MethodConfig):
 class FlexCompressConfig(BaseConfig):
     """The methods of a run, kept in `flexcompress_config.json`.
 
+    Methods can be stacked: their terms are added to one loss, and what they remove is removed at the end. So one run
+    distils, prunes, and makes the pruned model work with any number of tokens per layer:
+
+    ```python
+    FlexCompressConfig(methods=[VIBPruningConfig(target_sparsity=0.7), LengthAdaptiveConfig(), MiniLMConfig()])
+    ```
+
+    The full pass of such a step has the terms of all three; the passes of the shorter sub-models, which learn from the
+    full one, run under the same masks. One method of a run at most makes several passes, and a fixed length
+    configuration does not go with methods that compare layers token by token.
+
     Args:
         methods: Method configs, or dicts with a `method_type`; at most one of each type. They act in this order.
 

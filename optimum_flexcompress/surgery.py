@@ -19,6 +19,7 @@ from .architectures.removed import RemovedAttention, RemovedNorm, RemovedProject
 from .config_sizes import write_sizes
 from .errors import FlexCompressError, UnsupportedArchitectureError
 from .kept import Kept, KeptLayer, check_kept
+from .origin import ORIGIN_KEY, Origin, note_origin, write_origin
 from .structure import ModelStructure
 from .token_dropping import dropping_stack, lengths_of, set_lengths
 
@@ -64,7 +65,12 @@ def resize(model: PreTrainedModel, structure: ModelStructure) -> PreTrainedModel
     view = describe(model)
     structure.check()
     structure.check_fits(ModelStructure.of(view))
+    # Which heads are left is not decided here, but noted by whoever saved the weights, if they were saved.
+    origin = getattr(model.config, ORIGIN_KEY, None)
+    write_origin(model.config, None)
     select(model, Kept.leading(structure))
+    known = origin is not None and Origin.from_dict(origin).matches(describe(model))
+    write_origin(model.config, origin if known else None)
     for name, stack in describe(model).stacks.items():
         for layer, wanted in zip(stack.layers, structure.stacks[name].layers):
             layer.module.flexcompress_source = wanted.source
@@ -95,6 +101,7 @@ def select(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     view = describe(model)
     plan = check_kept(view, kept)
     sides = hidden_sides(view) if plan.hidden is not None else None
+    origin = note_origin(view, plan)
     lengths = lengths_of(model)
     if lengths is not None:
         set_lengths(model, None)
@@ -108,6 +115,7 @@ def select(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     structure = ModelStructure.of(model)
     sources = {name: [layer.source for layer in layers] for name, layers in plan.stacks.items()}
     write_sizes(model, structure, sources)
+    write_origin(model.config, origin)
     if lengths is not None:
         name = dropping_stack(describe(model)).name
         set_lengths(model, lengths.layers(sources[name]) if name in sources else lengths)

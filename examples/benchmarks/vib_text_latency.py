@@ -19,7 +19,7 @@ from optimum_flexcompress.export import export_onnx
 from optimum_flexcompress.quantization import quantize_folder
 
 
-STREAM, ROUNDS, MAX_SECONDS = 64, 15, 40.0
+STREAM, ROUNDS, MAX_SECONDS = 32, 15, 40.0
 SHAPES = ("1x64", "32x64")
 TARGET_STEP = 1.5
 

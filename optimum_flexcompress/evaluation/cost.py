@@ -66,9 +66,12 @@ _ATTENTION = {
 
 
 def weight_files(folder: str | os.PathLike) -> list[Path]:
-    """The files in a folder that hold weights, in the order of their names."""
+    """The files in a folder that hold weights, in the order of their names; not those of models in folders below."""
     endings = PYTORCH_ENDINGS + ONNX_ENDINGS
-    return sorted(file for file in Path(folder).rglob("*") if file.is_file() and file.name.endswith(endings))
+    folder = Path(folder)
+    others = {file.parent for file in folder.rglob("config.json")} - {folder}
+    found = [file for file in folder.rglob("*") if file.is_file() and file.name.endswith(endings)]
+    return sorted(file for file in found if others.isdisjoint(file.parents))
 
 
 def file_size(path: str | os.PathLike) -> int:

@@ -29,7 +29,7 @@ def render_page(report: Report) -> str:
     Returns:
         HTML with everything inside: no script, no font, no picture is fetched from anywhere.
     """
-    from . import plots, token_plots
+    from . import plots, pruning_plots, token_plots
 
     shapes = [*report.shapes(), *(["stream"] if any(model.stream for model in report.models) else [])]
     scatter = [plots.metric_against_latency(report, shape) for shape in shapes]
@@ -49,6 +49,11 @@ def render_page(report: Report) -> str:
             sizes=Markup(plots.size_bars(report)),
             gains=report.length_rows(),
             kept=[Markup(picture) for picture in token_plots.kept_of_report(report)],
+            pruned=[
+                (model.name, [{"wide": wide, "svg": Markup(picture)} for wide, picture in pictures])
+                for model in report.models
+                if (pictures := pruning_plots.of_folder(model.path))
+            ],
             words=[(model.name, model.words) for model in report.models if model.words],
             read_trace=TokenTrace.from_dict,
             step_name=step_name,
