@@ -15,6 +15,8 @@ from .version import __version__
 
 _EXPORTS = {
     "configuration": ["FlexCompressConfig", "DistillationConfig", "MiniLMConfig", "VIBPruningConfig"],
+    "modular_config": ["ModularConfig"],
+    "methods.modular": ["Assembly", "ModularModel"],
     "length_config": ["LengthAdaptiveConfig"],
     "token_dropping": ["LengthConfig", "lengths_of", "set_lengths", "using_lengths"],
     "trainer": ["FlexCompressTrainer", "FlexCompressSeq2SeqTrainer"],
@@ -28,6 +30,7 @@ _EXPORTS = {
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
+    "Assembly",
     "DistillationConfig",
     "FlexCompressConfig",
     "FlexCompressError",
@@ -42,6 +45,8 @@ __all__ = [
     "LengthConfig",
     "MiniLMConfig",
     "ModelStructure",
+    "ModularConfig",
+    "ModularModel",
     "VIBPruningConfig",
     "__version__",
     "keep_layers",
@@ -57,7 +62,9 @@ if TYPE_CHECKING:
     from .errors import FlexCompressError
     from .kept import Kept, KeptLayer
     from .length_config import LengthAdaptiveConfig
+    from .methods.modular import Assembly, ModularModel
     from .modeling_ort import FlexORTModelForCausalLM, FlexORTModelForSeq2SeqLM
+    from .modular_config import ModularConfig
     from .quantization import FlexORTQuantizer
     from .structure import ModelStructure
     from .surgery import keep_layers, resize, select

@@ -14,6 +14,7 @@ from optimum.configuration_utils import BaseConfig
 from .errors import FlexCompressError, nearest
 from .length_config import LengthAdaptiveConfig
 from .method_config import METHOD_CONFIGS, MethodConfig, check_number
+from .modular_config import ModularConfig
 from .output import write_text_atomically
 from .version import __version__
 from .vib_config import VIBPruningConfig
@@ -266,6 +267,7 @@ __all__ = [
     "LengthAdaptiveConfig",
     "MethodConfig",
     "MiniLMConfig",
+    "ModularConfig",
     "VIBPruningConfig",
     "check_number",
 ]

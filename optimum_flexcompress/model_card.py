@@ -26,6 +26,8 @@ def write_model_card(
     base_model: str | None = None,
     metrics: Mapping[str, float] | None = None,
     licence: str | None = None,
+    lines: Sequence[str] = (),
+    name: str | None = None,
 ) -> Path | None:
     """Writes `README.md` into a checkpoint folder, unless somebody else wrote one.
 
@@ -36,6 +38,8 @@ def write_model_card(
         base_model: Hub id of the model it was made from; a local path is not passed on.
         metrics: What was measured, by name.
         licence: Identifier of the licence to pass on.
+        lines: Sections of one's own, as Markdown.
+        name: What the model is called; the name of the folder when `None`.
 
     Returns:
         The path of the card, or `None` where there is a card that this function did not write.
@@ -43,6 +47,7 @@ def write_model_card(
     path = Path(folder) / "README.md"
     if path.exists() and TAG not in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []):
         return None
+    name = path.parent.name if name is None else name
     needs_plugin = "structure" in (getattr(model.config, "quantization_config", None) or {})
     drops = hasattr(model.config, LENGTHS_KEY)
     if base_model is not None and Path(base_model).exists():
@@ -52,11 +57,11 @@ def write_model_card(
         tags=[TAG, *methods],
         base_model=base_model,
         license=licence,
-        model_name=path.parent.name,
+        model_name=name,
     )
     auto_class = type(model).__name__
-    lines = [
-        f"# {path.parent.name}",
+    text = [
+        f"# {name}",
         "",
         f"A compressed `{auto_class}`" + (f" made from `{base_model}`" if base_model else "") + ".",
         "Made with optimum-flexcompress" + (f" ({', '.join(methods)})." if methods else "."),
@@ -70,7 +75,7 @@ def write_model_card(
         ),
         f"from transformers import {auto_class}",
         "",
-        f'model = {auto_class}.from_pretrained("{path.parent.name}")',
+        f'model = {auto_class}.from_pretrained("{name}")',
         "```",
         "",
         "Layers differ in size here, so loading asks for the import above; without it, loading stops with an error."
@@ -78,14 +83,15 @@ def write_model_card(
         else "It loads in Transformers without any plugin" + (", at full lengths." if drops else "."),
         "",
         *_length_lines(model, drops),
+        *([*lines, ""] if lines else []),
         "## Size",
         "",
         *_sizes(model),
     ]
     if metrics:
-        lines += ["", "## Measured", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n", ignore_metadata_errors=True).save(path)
+        text += ["", "## Measured", "", "| metric | value |", "|---|---|"]
+        text += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n", ignore_metadata_errors=True).save(path)
     return path
 
 

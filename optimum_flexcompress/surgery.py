@@ -109,7 +109,8 @@ def select(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
         stack = view.stacks[name]
         for layer in layers:
             _shrink_layer(stack, stack.layers[layer.source], layer)
-        _keep_stack_layers(stack, [layer.source for layer in layers])
+        sources = [layer.source for layer in layers]
+        _set_stack_layers(stack, [stack.layers[source].module for source in sources], sources)
     if sides is not None:
         _shrink_hidden(view, sides, plan.hidden)
     structure = ModelStructure.of(model)
@@ -119,6 +120,25 @@ def select(model: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     if lengths is not None:
         name = dropping_stack(describe(model)).name
         set_lengths(model, lengths.layers(sources[name]) if name in sources else lengths)
+    return model
+
+
+def adopt_layers(model: PreTrainedModel, sources: Mapping[str, Sequence[int]]) -> PreTrainedModel:
+    """Makes the rest of a model agree with layers that somebody else has put into its lists.
+
+    Args:
+        model: The model; changed in place. The lists may hold more or fewer layers than its configuration says, all
+            of the kind they held before.
+        sources: For each stack that has changed the layer, as the configuration counts them, that each one is like.
+
+    Returns:
+        The same model.
+    """
+    view = describe(model)
+    for name, stack_sources in sources.items():
+        stack = view.stacks[name]
+        _set_stack_layers(stack, list(stack.module_list), stack_sources)
+    write_sizes(model, ModelStructure.of(model), sources)
     return model
 
 
@@ -243,11 +263,10 @@ def _shrink_ffn(stack: StackView, layer: LayerView, ffn: FeedForwardView, index:
 # -- Stacks -------------------------------------------------------------------------------------------------------
 
 
-def _keep_stack_layers(stack: StackView, sources: list[int]) -> None:
+def _set_stack_layers(stack: StackView, modules: list[nn.Module], sources: Sequence[int]) -> None:
     bias = None
     if stack.table.attention.position_bias is not None and any(layer.attention for layer in stack.layers):
         bias = _position_bias(stack)
-    modules = [stack.layers[source].module for source in sources]
     for source, module in zip(sources, modules):
         module.flexcompress_source = getattr(module, "flexcompress_source", source)
     del stack.module_list[:]

@@ -94,7 +94,7 @@ class FlexCompressMixin:
         self.add_callback(_MethodCallback(self))
 
     def _prepare_context(self) -> PrepareContext:
-        return PrepareContext(self.model, self.teacher_model, self.args)
+        return PrepareContext(self.model, self.teacher_model, self.args, self.compression_config.methods)
 
     def _check_environment(self) -> None:
         if self.args.n_gpu > 1:
@@ -313,7 +313,7 @@ class FlexCompressMixin:
         model = self.model
         if not (runner.restructures and self.is_in_train):
             super().save_model(output_dir, _internal_call)
-            self._write_card(output_dir)
+            self._write_beside(output_dir)
             return None
         # Asked for in the middle of training, which goes on with the model as it is: without its hooks, which would
         # drag the teacher along.
@@ -321,18 +321,24 @@ class FlexCompressMixin:
         try:
             self.model = runner.finalize(copy.deepcopy(model))
             super().save_model(output_dir, _internal_call)
-            self._write_card(output_dir)
+            self._write_beside(output_dir)
         finally:
             self.model = model
             runner.attach()
 
-    def _write_card(self, folder: str | None) -> None:
+    def _write_beside(self, folder: str | None) -> None:
+        """Writes the model card, and what the methods put beside a model."""
         if not self.args.should_save:
             return
         folder = folder if folder is not None else self.args.output_dir
         saved = unwrap_peft(self.model)
         methods = [method.method_type for method in self.compression_config.methods]
-        write_model_card(folder, saved, methods=methods, base_model=saved.config._name_or_path or None)
+        lines = []
+        if self._runner.prepared_for is not None:
+            for method in self._runner.methods:
+                method.save_beside(folder)
+                lines += method.card_lines()
+        write_model_card(folder, saved, methods=methods, base_model=saved.config._name_or_path or None, lines=lines)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -35,6 +35,7 @@ ENCODER = StackTable(
         layers=("encoder_layers", "num_hidden_layers"), heads=("encoder_attention_heads",), ffn=("encoder_ffn_dim",)
     ),
     norm_first=False,
+    layer_drop="layerdrop",
 )
 
 BART = Architecture(

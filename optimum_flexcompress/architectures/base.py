@@ -105,6 +105,7 @@ class StackTable:
         between: Where a layer takes up the residual stream between its self-attention and its feed-forward network:
             modules below the layer with the index of the argument. Empty where it is what the norm of the
             self-attention returns (post-LN).
+        layer_drop: Attribute of the module that holds the layers with the probability of skipping one in training.
     """
 
     layers: str
@@ -118,6 +119,7 @@ class StackTable:
     mask: str | None = "attention_mask"
     hidden_output: int = 0
     between: tuple[tuple[str, int], ...] = ()
+    layer_drop: str | None = None
 
 
 def _no_constants(config: PretrainedConfig) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.flexcompress.assemble import AssembleCommand
 from optimum.commands.flexcompress.base import describe_parser
 from optimum.commands.flexcompress.benchmark import BenchmarkCommand
 from optimum.commands.flexcompress.compress import CompressCommand
@@ -10,7 +11,7 @@ from optimum.commands.flexcompress.quantize import QuantizeCommand
 from optimum.commands.flexcompress.search import SearchCommand
 
 
-_COMMANDS = (CompressCommand, SearchCommand, QuantizeCommand, BenchmarkCommand)
+_COMMANDS = (CompressCommand, AssembleCommand, SearchCommand, QuantizeCommand, BenchmarkCommand)
 
 
 class FlexCompressGroupCommand(BaseOptimumCLICommand):

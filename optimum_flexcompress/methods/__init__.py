@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import distillation, length_adaptive, vib  # noqa: F401  register their methods
+from . import distillation, length_adaptive, modular, vib  # noqa: F401  register their methods
 from .base import (
     FULL_PASS,
     CompressionMethod,

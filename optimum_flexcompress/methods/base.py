@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class ParameterGroup:
     """Parameters of a method, trained by the trainer's optimizer next to the weights of the model.
 
-    They have no weight decay, and their gradients are clipped apart from those of the model.
+    Their gradients are clipped apart from those of the model, and as a rule they have no weight decay.
 
     Attributes:
         name: Unique within the method.
@@ -36,6 +37,7 @@ class ParameterGroup:
             learning rate of its own. [`constant`] is one.
         max_grad_norm: Bound of the gradient norm over the group; the trainer's when `None`.
         maximize: Gradient ascent, for the multipliers of a constraint.
+        decays: Whether the trainer's weight decay holds for it too, as it should for weights of a model.
     """
 
     name: str
@@ -44,6 +46,7 @@ class ParameterGroup:
     schedule: Callable[[int, int], float] | None = None
     max_grad_norm: float | None = None
     maximize: bool = False
+    decays: bool = False
 
 
 def constant(step: int, total_steps: int) -> float:
@@ -144,11 +147,13 @@ class PrepareContext:
         model: The student, unwrapped.
         teacher: The teacher, or `None`.
         args: The training arguments.
+        methods: The configs of all methods of the run.
     """
 
     model: PreTrainedModel
     teacher: PreTrainedModel | None
     args: TrainingArguments
+    methods: Sequence[MethodConfig] = ()
 
 
 class CompressionMethod:
@@ -261,6 +266,13 @@ class CompressionMethod:
             The model to go on with: the same object, or a new one.
         """
         return model
+
+    def save_beside(self, folder: str | os.PathLike) -> None:
+        """Writes what belongs to the saved model into its folder. Called where the user saves; see `state_dict`."""
+
+    def card_lines(self) -> list[str]:
+        """What the model card of the saved model says about the method, as Markdown lines with a heading."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors and plain values only. Extend it for state outside `modules`."""

@@ -32,7 +32,7 @@ class MethodGroups:
             options = {
                 "params": group.parameters,
                 "lr": args.learning_rate if group.learning_rate is None else group.learning_rate,
-                "weight_decay": 0.0,
+                "weight_decay": args.weight_decay if group.decays else 0.0,
                 GROUP_KEY: name,
             }
             if group.maximize:

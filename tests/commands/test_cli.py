@@ -11,7 +11,7 @@ from optimum.commands.optimum_cli import main
 from optimum_flexcompress.recipes import list_recipes
 
 
-COMMANDS = ("compress", "search", "quantize", "benchmark")
+COMMANDS = ("compress", "assemble", "search", "quantize", "benchmark")
 # Runs optimum-cli and says on stderr which of the heavy packages came in.
 PROBE = """
 import sys

@@ -14,6 +14,7 @@ from optimum_flexcompress import (
     FlexCompressTrainer,
     LengthAdaptiveConfig,
     MiniLMConfig,
+    ModularConfig,
 )
 from optimum_flexcompress.methods.distillation import make_student
 from tests.methods.length_adaptive.families import wide
@@ -57,6 +58,11 @@ def cases():
         teacher, student = model_of(family, layers=4, seed=1), wide(family, layers=3)
         data = data_of(family, rows=32)
         yield f"adaptive {family}", student, teacher, data, adaptive, extra
+
+    # Modules are no part of the model that is wrapped; with frozen originals nothing of it is trained.
+    for family, freeze, extra in (("t5", True, {"gradient_accumulation_steps": 2}), ("bart", False, checkpointing)):
+        modular = [ModularConfig(granularities=[2, 4], freeze_originals=freeze)]
+        yield f"modular {family}", model_of(family, layers=4), None, data_of(family, rows=32), modular, extra
 
 
 def main(output: str, batch_size: int) -> None:

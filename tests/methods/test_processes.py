@@ -50,7 +50,16 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     launch_two(tmp_path / "two", 4)
     distributed_script.main(str(tmp_path / "one"), 8)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["adaptive bart", "adaptive bert", "checkpointing", "every term", "headless", "tokens"]
+    assert names == [
+        "adaptive bart",
+        "adaptive bert",
+        "checkpointing",
+        "every term",
+        "headless",
+        "modular bart",
+        "modular t5",
+        "tokens",
+    ]
     for name in names:
         one, two = (torch.load(tmp_path / run / name / "result.pt", weights_only=False) for run in ("one", "two"))
         assert (one["processes"], two["processes"]) == (1, 2)
