@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -153,11 +154,27 @@ class FlexCompressMixin:
         self._groups = MethodGroups(runner.methods)
         runner.attach()
         try:
-            result = super()._inner_training_loop(**arguments)
+            with self._frozen_models_unwrapped():
+                result = super()._inner_training_loop(**arguments)
         finally:
             runner.detach()
         self._finalize()
         return result
+
+    @contextlib.contextmanager
+    def _frozen_models_unwrapped(self) -> Iterator[None]:
+        """On CPUs Accelerate wraps models in DDP even where nothing in them is trained, which DDP refuses.
+
+        The methods' parameters, all that is trained then, are averaged between processes without it.
+        """
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            yield
+            return
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+        try:
+            yield
+        finally:
+            del self.accelerator.prepare_model
 
     def _make_checkpointing_non_reentrant(self) -> None:
         """For a model on which the user called `gradient_checkpointing_enable`."""

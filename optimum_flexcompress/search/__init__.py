@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .assembly_search import search_assemblies
     from .front import Front, Point
     from .held_out import hold_out
     from .length_search import search_lengths
 
-_WHERE = {"Front": "front", "Point": "front", "hold_out": "held_out", "search_lengths": "length_search"}
+_WHERE = {
+    "Front": "front",
+    "Point": "front",
+    "hold_out": "held_out",
+    "search_assemblies": "assembly_search",
+    "search_lengths": "length_search",
+}
 
-__all__ = ["Front", "Point", "hold_out", "search_lengths"]
+__all__ = ["Front", "Point", "hold_out", "search_assemblies", "search_lengths"]
 
 
 def __getattr__(name: str):

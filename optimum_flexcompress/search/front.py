@@ -49,7 +49,7 @@ class Front:
     """The configurations that no other one beats in both metric and cost, and all others that were scored.
 
     Attributes:
-        kind: What was searched; the key of the candidates in the file. `"lengths"`.
+        kind: What was searched; the key of the candidates in the file. `"lengths"` or `"assembly"`.
         objective: What the cost is: `"macs"`, of one input of `max_length` tokens, or `"latency"`.
         metric: Name of the metric.
         greater_is_better: Its direction.
@@ -162,7 +162,7 @@ class Front:
 
     def _nothing(self, smaller: list[Point], cheap: list[Point], asked: dict[str, float]) -> str:
         if not smaller:
-            return "No configuration beats the full model in anything: search longer, or train the model for dropping."
+            return "No configuration beats the full model in anything: search longer, or train the model for it."
         if not cheap:
             least = smaller[0]
             return (
@@ -175,11 +175,13 @@ class Front:
         return (
             f"No configuration of the front loses at most {100 * asked['max_drop']:.3g} %{within}: the best, "
             f"{self.name(best)}, loses {100 * self.drop(best):.3g} % at {best.relative_cost:.2f} of the cost; ask for "
-            "a larger drop, search longer, or train the model longer for dropping."
+            "a larger drop, search longer, or train the model longer for it."
         )
 
     def name(self, point: Point) -> str:
-        """A configuration in a few words: the lengths, or the candidate as it is."""
+        """A configuration in a few words: the `name` in its details, the lengths, or the candidate as it is."""
+        if "name" in point.details:
+            return point.details["name"]
         if self.kind != "lengths":
             return json.dumps(point.candidate)
         lengths = point.lengths

@@ -131,7 +131,7 @@ def search_lengths(
         check_output_folder(save_pick)
     if picture and output is not None:
         from .picture import draw_front
-    folder = None if output is None else _check_folder(output)
+    folder = None if output is None else check_search_folder(output)
     database = None if storage is None else open_storage(storage)
 
     searched = open_model(model, task, processor)
@@ -242,7 +242,12 @@ def search_lengths(
     return front
 
 
-def _check_folder(output: str | os.PathLike) -> Path:
+def check_search_folder(output: str | os.PathLike) -> Path:
+    """The folder of a search, which may hold an earlier one.
+
+    Raises:
+        FlexCompressError: It holds something else, or cannot be written.
+    """
     folder = check_output_folder(output, overwrite=True)
     if (
         folder.is_dir()

@@ -88,6 +88,20 @@ class ModularModel:
         """The assembly of the fewest layers."""
         return smallest(self.depths, self.granularities)
 
+    @property
+    def generates_with_deeper_decoder(self) -> bool:
+        """Whether Transformers could generate with a decoder that is deeper than the encoder.
+
+        It sizes the cache of a T5 decoder by the number of encoder layers.
+        """
+        if not self.model.can_generate() or len(self.depths) < 2:
+            return True
+        config = copy.deepcopy(self.model.config)
+        for name, count in (("encoder", 1), ("decoder", 2)):
+            for key in self.view.stacks[name].table.config.layers:
+                setattr(config, key, count)
+        return config.get_text_config(decoder=True).num_hidden_layers >= 2
+
     def checked(self, assembly: Assembly) -> Assembly:
         """The assembly with every stack of the model in it, once it is known to give a model that works.
 
@@ -96,19 +110,14 @@ class ModularModel:
                 could not generate with it.
         """
         assembly = assembly.checked(self.depths, self.granularities)
-        if self.model.can_generate() and len(self.depths) > 1:
-            config = copy.deepcopy(self.model.config)
-            for name, pieces in assembly.stacks.items():
-                for key in self.view.stacks[name].table.config.layers:
-                    setattr(config, key, len(pieces))
-            # Transformers sizes the cache of a T5 decoder by the number of encoder layers.
-            cached = config.get_text_config(decoder=True).num_hidden_layers
-            if cached < len(assembly.stacks["decoder"]):
-                raise FlexCompressError(
-                    f"The assembly has {len(assembly.stacks['decoder'])} decoder layers over {cached} encoder layers: "
-                    f"Transformers cannot generate with a {self.view.family} model whose decoder is the deeper one; "
-                    "take more from the decoder than from the encoder."
-                )
+        counts = {name: len(pieces) for name, pieces in assembly.stacks.items()}
+        deeper = len(counts) > 1 and counts["decoder"] > counts["encoder"]
+        if deeper and not self.generates_with_deeper_decoder:
+            raise FlexCompressError(
+                f"The assembly has {counts['decoder']} decoder layers over {counts['encoder']} encoder layers: "
+                f"Transformers cannot generate with a {self.view.family} model whose decoder is the deeper one; take "
+                "more from the decoder than from the encoder."
+            )
         return assembly
 
     def layers(self, assembly: Assembly) -> dict[str, list[nn.Module]]:

@@ -1,0 +1,326 @@
+"""What the benchmarks of Modular Transformers share: one modular training against a training for every size."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import Cells
+from transformers import PreTrainedModel, Seq2SeqTrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from optimum_flexcompress import (
+    Assembly,
+    DistillationConfig,
+    FlexCompressConfig,
+    FlexCompressSeq2SeqTrainer,
+    ModularConfig,
+    ModularModel,
+)
+from optimum_flexcompress.configuration import MethodConfig
+from optimum_flexcompress.methods.distillation import make_student
+from optimum_flexcompress.methods.modular import STRATEGIES
+from optimum_flexcompress.structure import count_parameters
+
+
+RATIOS = (1.1, 1.5, 2.0, 3.0, 4.0, 6.0)
+BASELINE_RATIOS = (1.5, 3.0, 6.0)
+BASELINES = ("truncate", "distil", "theseus")
+BUDGETS = ("each", "shared")
+TITLES = {
+    "truncate": "fewer layers, fine-tuned",
+    "distil": "fewer layers, logits distilled",
+    "theseus": "BERT-of-Theseus",
+}
+
+
+@dataclass
+class Setting:
+    """What all cells of a run share.
+
+    Attributes:
+        teacher_steps: Optimizer steps of the full model.
+        steps: Optimizer steps of the modular training, and of a baseline with the budget `each`.
+        batch_size: Examples in a step.
+        teacher_rate: Learning rate of the full model.
+        rate: Learning rate of everything after it.
+        bf16: Whether forward and backward passes run in bfloat16.
+        seed: Of everything random.
+        facts: Sizes of model and data.
+    """
+
+    teacher_steps: int
+    steps: int
+    batch_size: int
+    teacher_rate: float
+    rate: float
+    bf16: bool = False
+    seed: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Task:
+    """What is learned.
+
+    Attributes:
+        train: Rows with `input_ids` and `labels`.
+        collate: Makes a batch of rows.
+        make_model: A new full model.
+        score: Metrics of a model on the test set.
+        metrics: The metrics to show, with their digits; the first one decides.
+        lower_is_better: Its direction.
+    """
+
+    train: Sequence[dict[str, Any]]
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+    make_model: Callable[[], PreTrainedModel]
+    score: Callable[[PreTrainedModel], dict[str, float]]
+    metrics: dict[str, int]
+    lower_is_better: bool
+
+
+class Plan:
+    """The cells, each of which runs those that it needs first.
+
+    Args:
+        cells: Where they are kept.
+        task: What is learned.
+        setting: What they share.
+    """
+
+    def __init__(self, cells: Cells, task: Callable[[], Task], setting: Setting):
+        self.cells, self.setting = cells, setting
+        self._make_task, self._task = task, None
+
+    @property
+    def task(self) -> Task:
+        if self._task is None:
+            self._task = self._make_task()
+        return self._task
+
+    # Trainings
+
+    def _train(
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        steps: int,
+        rate: float,
+        methods: list[MethodConfig] | None = None,
+        teacher: PreTrainedModel | None = None,
+    ) -> float:
+        """Trains, from the last checkpoint where there is one, and saves into `folder`; seconds of this call."""
+        checkpoints = folder.with_name(f"{folder.name}-checkpoints")
+        set_seed(self.setting.seed)
+        trainer = FlexCompressSeq2SeqTrainer(
+            model=model,
+            teacher_model=teacher,
+            args=Seq2SeqTrainingArguments(
+                output_dir=str(checkpoints),
+                max_steps=steps,
+                per_device_train_batch_size=self.setting.batch_size,
+                learning_rate=rate,
+                lr_scheduler_type="linear",
+                warmup_steps=min(100, steps // 10),
+                group_by_length=True,
+                save_steps=max(min(250, steps // 2), 1),
+                save_total_limit=1,
+                logging_steps=max(min(50, steps // 4), 1),
+                report_to="none",
+                bf16=self.setting.bf16,
+                seed=self.setting.seed,
+                use_cpu=not torch.cuda.is_available(),
+                disable_tqdm=True,
+            ),
+            compression_config=FlexCompressConfig(methods=methods) if methods else None,
+            train_dataset=self.task.train,
+            data_collator=self.task.collate,
+        )
+        last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=last)
+        seconds = time.perf_counter() - started
+        trainer.save_model(str(folder))
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return seconds
+
+    def _finish(self, model: PreTrainedModel, saved: Path | None, **more: Any) -> dict[str, Any]:
+        """Saves and scores a model."""
+        model = model.eval()
+        if saved is not None:
+            model.save_pretrained(saved)
+        counts = count_parameters(model)
+        layers = [len(stack) for stack in _stacks(model)]
+        found = {"layers": layers, "parameters": counts["total"], "layer_parameters": counts["prunable"]}
+        return {**found, **self.task.score(model), **more}
+
+    def _load(self, cell: dict[str, Any]) -> PreTrainedModel:
+        return type(self.task.make_model()).from_pretrained(cell["folder"])
+
+    def full(self) -> dict[str, Any]:
+        folder = self.cells.folder("full")
+
+        def run() -> dict[str, Any]:
+            set_seed(self.setting.seed)
+            model = self.task.make_model()
+            seconds = self._train(model, folder, self.setting.teacher_steps, self.setting.teacher_rate)
+            return self._finish(model, None, seconds=seconds, folder=str(folder))
+
+        return self.cells.run("full", run)
+
+    def modular(self) -> dict[str, Any]:
+        full = self.full()
+        folder = self.cells.folder("modular")
+
+        def run() -> dict[str, Any]:
+            model = self._load(full)
+            seconds = self._train(model, folder, self.setting.steps, self.setting.rate, [ModularConfig()])
+            return {"seconds": seconds, "folder": str(folder)}
+
+        return self.cells.run("modular", run)
+
+    def assembled(self, strategy: str, ratio: float) -> dict[str, Any]:
+        modular = self.modular()
+        name = f"assembled/{strategy}/{ratio:g}"
+
+        def run() -> dict[str, Any]:
+            model = ModularModel.from_pretrained(modular["folder"])
+            assembly = model.choose(strategy, ratio)
+            folder = self.cells.folder(name)
+            facts = {"folder": str(folder), "assembly": assembly.to_dict(), "ratio": assembly.ratio}
+            return self._finish(model.assemble(assembly), folder, **facts)
+
+        return self.cells.run(name, run)
+
+    def baseline(self, method: str, ratio: float, budget: str) -> dict[str, Any] | None:
+        """The cell of a baseline; `None` where the method cannot have the ratio."""
+        if not possible(method, ratio):
+            return None
+        full = self.full()
+        # The sizes are those of the size-first assemblies.
+        steps = self.setting.steps if budget == "each" else self.setting.steps // len(BASELINE_RATIOS)
+        name = f"{method}/{ratio:g}/{budget}"
+
+        def run() -> dict[str, Any]:
+            teacher, folder = self._load(full), self.cells.folder(name)
+            if method == "theseus":
+                return self._theseus(teacher, round(ratio), steps, folder)
+            probe = ModularModel(teacher, ModularConfig()).choose("size-first", ratio)
+            student = make_student(teacher, layers={key: len(pieces) for key, pieces in probe.stacks.items()})
+            methods = [DistillationConfig()] if method == "distil" else None
+            teaching = teacher if method == "distil" else None
+            seconds = self._train(student, folder, steps, self.setting.rate, methods, teaching)
+            return self._finish(student, folder, seconds=seconds, steps=steps, folder=str(folder))
+
+        return self.cells.run(name, run)
+
+    def _theseus(self, model: PreTrainedModel, granularity: int, steps: int, folder: Path) -> dict[str, Any]:
+        between = folder.with_name(f"{folder.name}-modular")
+        config = ModularConfig.theseus(granularity, freeze_originals=False)
+        seconds = self._train(model, between, steps, self.setting.rate, [config])
+        modular = ModularModel.from_pretrained(between)
+        small = modular.assemble(modular.smallest())
+        shutil.rmtree(between)
+        return self._finish(small, folder, seconds=seconds, steps=steps, folder=str(folder))
+
+    def folders(self) -> dict[str, Path]:
+        """The full model and all assembled ones."""
+        found = {"full": Path(self.full()["folder"])}
+        for ratio in RATIOS:
+            for strategy in STRATEGIES:
+                found[f"{strategy} {ratio:g}"] = Path(self.assembled(strategy, ratio)["folder"])
+        return found
+
+
+def _stacks(model: PreTrainedModel) -> list[Any]:
+    from optimum_flexcompress.architectures import describe
+
+    return [stack.layers for stack in describe(model).stacks.values()]
+
+
+def possible(method: str, ratio: float) -> bool:
+    """Whether a baseline can have a ratio: Theseus has one granularity for the whole model."""
+    return method != "theseus" or ratio == round(ratio)
+
+
+def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
+    """Runs the cells of some parts, those that compare most first."""
+    if "ours" in parts:
+        for ratio in RATIOS:
+            for strategy in STRATEGIES:
+                plan.assembled(strategy, ratio)
+                write()
+    if "baselines" in parts:
+        for budget in reversed(BUDGETS):
+            for ratio in BASELINE_RATIOS:
+                for method in BASELINES:
+                    plan.baseline(method, ratio, budget)
+                    write()
+
+
+def table(plan: Plan, script: str) -> tuple[list[str], list[list[str]], list[str]]:
+    """The comparison as far as it has been run.
+
+    Returns:
+        Header, rows, and the commands of the empty cells.
+    """
+    metrics = plan.task.metrics if plan.cells.get("full") else {}
+    header = ["ratio", "model", "steps", "layers", "parameters M", *metrics]
+    rows, empty = [], []
+
+    def add(ratio: str, title: str, steps: int, cell: dict[str, Any] | None, part: str) -> None:
+        if cell is None:
+            empty.append(f"python examples/benchmarks/{script} --parts {part}")
+            rows.append([ratio, title, str(steps), *([""] * (len(header) - 3))])
+            return
+        sizes = ["+".join(map(str, cell["layers"])), f"{cell['parameters'] / 1e6:.2f}"]
+        rows.append(
+            [ratio, title, str(steps), *sizes, *(f"{cell[name]:.{digits}f}" for name, digits in metrics.items())]
+        )
+
+    add("1", "full model", plan.setting.teacher_steps, plan.cells.get("full"), "ours")
+    for ratio in RATIOS:
+        for strategy in STRATEGIES:
+            cell = plan.cells.get(f"assembled/{strategy}/{ratio:g}")
+            add(f"{ratio:g}", f"modular, {strategy}", plan.setting.steps, cell, "ours")
+        for method in BASELINES if ratio in BASELINE_RATIOS else ():
+            for budget in BUDGETS if possible(method, ratio) else ():
+                steps = plan.setting.steps if budget == "each" else plan.setting.steps // len(BASELINE_RATIOS)
+                add(f"{ratio:g}", TITLES[method], steps, plan.cells.get(f"{method}/{ratio:g}/{budget}"), "baselines")
+    return header, rows, list(dict.fromkeys(empty))
+
+
+def verdicts(plan: Plan) -> list[str]:
+    """How the size-first assemblies stand against the best baseline of each budget."""
+    lines = []
+    for ratio in BASELINE_RATIOS:
+        ours = plan.cells.get(f"assembled/size-first/{ratio:g}")
+        for budget in BUDGETS:
+            cells = {
+                method: cell
+                for method in BASELINES
+                if (cell := plan.cells.get(f"{method}/{ratio:g}/{budget}")) is not None
+            }
+            if ours is None or not cells:
+                continue
+            name = next(iter(plan.task.metrics))
+            sign = -1 if plan.task.lower_is_better else 1
+            best = max(cells, key=lambda method: sign * cells[method][name])
+            change = sign * (ours[name] - cells[best][name])
+            word = "wins" if change > 0 else "ties" if change == 0 else "loses"
+            lines.append(
+                f"{ratio:g}x, steps {budget}: modular {word}, {name} {ours[name]:.2f} against {cells[best][name]:.2f} "
+                f"of {TITLES[best]}"
+            )
+    return lines
+
+
+def picture_of(cell: dict[str, Any]) -> str:
+    """What an assembly uses, in two lines."""
+    return Assembly.from_dict(cell["assembly"]).summary()

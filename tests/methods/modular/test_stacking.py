@@ -1,0 +1,100 @@
+"""What can be done to an assembled model next: pruning, token dropping, export, int8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optimum_flexcompress import (
+    Assembly,
+    FlexCompressConfig,
+    FlexCompressTrainer,
+    FlexORTModelForSeq2SeqLM,
+    FlexORTQuantizer,
+    LengthAdaptiveConfig,
+    ModelStructure,
+    ModularConfig,
+    ModularModel,
+    VIBPruningConfig,
+    set_lengths,
+)
+from optimum_flexcompress.architectures import describe
+from optimum_flexcompress.export import export_onnx
+from optimum_flexcompress.methods.modular import Piece
+from tests.methods.modular.helpers import deep, mixed, toy, with_modules
+from tests.methods.toys import arguments, data_of
+from tests.tiny import inputs_for, outputs_of
+
+
+def train(folder, model, data, method, **kwargs):
+    trainer = FlexCompressTrainer(
+        model=model,
+        args=arguments(folder, **kwargs),
+        train_dataset=data,
+        compression_config=FlexCompressConfig(methods=[method]),
+    )
+    trainer.train()
+    trainer.save_model(folder / "out")
+    return trainer.model.eval()
+
+
+def assembled(family):
+    """Two of four layers: a module at the bottom, a module at the top."""
+    modular = ModularModel(toy(family), ModularConfig(granularities=[2]))
+    return modular.assemble(modular.smallest())
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_assembled_model_can_be_pruned(tmp_path, family):
+    small = assembled(family)
+    before = small.num_parameters()
+    method = VIBPruningConfig(target_sparsity=0.4, align=1, mask_learning_rate=0.5, prune=["heads", "ffn"])
+    pruned = train(tmp_path, small, data_of(family), method, max_steps=60)
+    assert pruned.num_parameters() < before
+    loaded = type(pruned).from_pretrained(tmp_path / "out")
+    assert ModelStructure.of(loaded) == ModelStructure.of(pruned)
+    batch = dict(data_of(family)[:4].items())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, pruned(**batch).logits)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_encoder_of_an_assembled_model_can_drop_tokens(tmp_path, family):
+    data = data_of(family)
+    adapted = train(tmp_path, assembled(family), data, LengthAdaptiveConfig(length_drop=0.4))
+    short = type(adapted).from_pretrained(tmp_path / "out", length_config=[0.6, 0.4])
+    batch = dict(data[:4].items())
+    with torch.no_grad():
+        expected = set_lengths(adapted, [0.6, 0.4])(**batch).logits
+        torch.testing.assert_close(short(**batch).logits, expected)
+    ids = short.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4)
+    assert ids.shape[0] == 4
+
+
+def test_bert_too(tmp_path):
+    adapted = train(tmp_path, assembled("bert"), data_of("bert"), LengthAdaptiveConfig(length_drop=0.4))
+    assert len(describe(adapted).stacks["encoder"].layers) == 2
+
+
+CASES = [("t5", "T5ForConditionalGeneration"), ("bart", "BartForConditionalGeneration")]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_an_assembled_model_can_be_exported_and_quantized(tmp_path, family, name):
+    model = deep(family, name)
+    modular = with_modules(model)
+    uneven = Assembly({"encoder": mixed(modular)[3].stacks["encoder"], "decoder": (Piece(3, 0), Piece(3, 1))})
+    small = modular.assemble(uneven).eval()
+    export_onnx(small, tmp_path / "onnx")
+    inputs = {key: value for key, value in inputs_for(model).items() if key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = {beams: small.generate(**inputs, num_beams=beams, **options) for beams in (1, 3)}
+    session = FlexORTModelForSeq2SeqLM.from_pretrained(tmp_path / "onnx")
+    for beams, ids in expected.items():
+        assert torch.equal(session.generate(**inputs, num_beams=beams, **options), ids)
+    FlexORTQuantizer.from_pretrained(tmp_path / "onnx").quantize(save_dir=tmp_path / "int8")
+    session = FlexORTModelForSeq2SeqLM.from_pretrained(tmp_path / "int8")
+    assert session.generate(**inputs, **options).shape == expected[1].shape
+    logits = session(**inputs_for(model)).logits
+    reference = outputs_of(small, inputs_for(model))["logits"]
+    assert (logits - reference).norm() < 0.2 * reference.norm()
