@@ -15,7 +15,6 @@ from optimum_flexcompress import (
     ModelStructure,
     ModularConfig,
     ModularModel,
-    VIBPruningConfig,
     set_lengths,
 )
 from optimum_flexcompress.architectures import describe
@@ -23,6 +22,7 @@ from optimum_flexcompress.export import export_onnx
 from optimum_flexcompress.methods.modular import Piece
 from tests.methods.modular.helpers import deep, mixed, toy, with_modules
 from tests.methods.toys import arguments, data_of
+from tests.methods.vib.helpers import config_of
 from tests.tiny import inputs_for, outputs_of
 
 
@@ -40,7 +40,7 @@ def train(folder, model, data, method, **kwargs):
 
 def assembled(family):
     """Two of four layers: a module at the bottom, a module at the top."""
-    modular = ModularModel(toy(family), ModularConfig(granularities=[2]))
+    modular = ModularModel(toy(family, hidden=32, heads=4), ModularConfig(granularities=[2]))
     return modular.assemble(modular.smallest())
 
 
@@ -48,8 +48,7 @@ def assembled(family):
 def test_an_assembled_model_can_be_pruned(tmp_path, family):
     small = assembled(family)
     before = small.num_parameters()
-    method = VIBPruningConfig(target_sparsity=0.4, align=1, mask_learning_rate=0.5, prune=["heads", "ffn"])
-    pruned = train(tmp_path, small, data_of(family), method, max_steps=60)
+    pruned = train(tmp_path, small, data_of(family, rows=32), config_of(target_sparsity=0.4), max_steps=80)
     assert pruned.num_parameters() < before
     loaded = type(pruned).from_pretrained(tmp_path / "out")
     assert ModelStructure.of(loaded) == ModelStructure.of(pruned)
