@@ -7,15 +7,18 @@ from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
 
 
 class SearchCommand(FlexCompressCommand):
-    """Searches for length configurations, from a model trained with length-adaptive training."""
+    """Searches what a trained model can become: length configurations, or assemblies of a modular checkpoint."""
 
     COMMAND = CommandInfo(
-        name="search", help="Search the length configurations of a model: metric against MACs or latency."
+        name="search",
+        help="Search the length configurations of a model, or the assemblies of a modular checkpoint: metric against "
+        "MACs or latency.",
     )
     EXAMPLES = """\
 optimum-cli flexcompress search -m adapted --dataset reviews --max-drop 1% -o front
 optimum-cli flexcompress search -m adapted --dataset reviews --objective latency --runtime ort-int8 --threads 2 \\
     --max-latency 40 --save-pick adapted-40ms -o front
+optimum-cli flexcompress search -m modular-t5 --dataset pairs --max-drop 2% --save-pick t5-small -o front
 optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresql://host/searches -o front-of-worker-2
 """
     INTERRUPTED = "what was scored is kept; run the same command again to go on from there."
@@ -25,7 +28,12 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
         """See the base class."""
         required = parser.add_argument_group("what to search")
         required.add_argument(
-            "-m", "--model", required=True, metavar="DIR", help="Folder of a PyTorch model with an encoder, or Hub id."
+            "-m",
+            "--model",
+            required=True,
+            metavar="DIR",
+            help="Folder of a PyTorch model with an encoder, or Hub id: its lengths are searched. Folder of a modular "
+            "checkpoint: its assemblies are.",
         )
         required.add_argument(
             "--dataset",
@@ -141,20 +149,25 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
         """See the base class."""
         import sys
 
-        from optimum_flexcompress.search import search_lengths
+        from optimum_flexcompress.methods.modular import is_modular
+        from optimum_flexcompress.search import search_assemblies, search_lengths
 
         args = self.args
 
         def say(line: str) -> None:
             print(line, file=sys.stderr if args.json else sys.stdout)
 
-        front = search_lengths(
+        if is_modular(args.model):
+            search, options = search_assemblies, {}
+            self._refuse_for_assemblies()
+        else:
+            search, options = search_lengths, {"runtime": args.runtime, "unit": args.unit}
+        front = search(
             args.model,
             args.dataset,
             args.task,
             args.output,
             objective=args.objective,
-            runtime=args.runtime,
             max_drop=args.max_drop,
             max_cost=args.max_cost,
             max_latency=args.max_latency,
@@ -163,7 +176,6 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             samples=args.samples,
             columns=read_columns(args.columns),
             max_length=args.max_length,
-            unit=args.unit,
             metric=args.metric,
             population=args.population,
             trials=args.trials,
@@ -176,6 +188,7 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             threads=args.threads,
             picture=not args.no_picture,
             say=say,
+            **options,
         )
         print(front.to_json() if args.json else front, end="" if args.json else "\n")
         if front.picked is not None:
@@ -183,3 +196,13 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             say(f"\npicked: {front.name(front.picked)}, which loses {drop:.2f} % at {cost:.0f} % of the cost")
         if args.save_pick is not None:
             say(f"model: {args.save_pick}")
+
+    def _refuse_for_assemblies(self) -> None:
+        from optimum_flexcompress.errors import FlexCompressError
+
+        args = self.args
+        if args.runtime != "pytorch" or args.unit is not None:
+            option = "--unit" if args.unit is not None else "--runtime"
+            raise FlexCompressError(
+                f"{args.model} is a modular checkpoint, whose assemblies are searched in PyTorch: leave {option} out."
+            )

@@ -301,9 +301,8 @@ def _study_name(settings: dict, held_out: HeldOut, modular: ModularModel, enviro
 def _front(
     scores: dict[Candidate, Score], space: AssemblySpace, held_out: HeldOut, settings: dict, full_macs: float
 ) -> Front:
-    full_key = space.start(2)[0]
     latency = settings["objective"] == "latency"
-    full_cost = scores[full_key].details["milliseconds"] if latency else full_macs
+    full_cost = scores[space.full].details["milliseconds"] if latency else full_macs
     points = {
         candidate: Point(
             space.assembly(candidate).to_dict(),
@@ -322,7 +321,7 @@ def _front(
         unit=held_out.unit,
         runtime=settings["runtime"],
         max_length=settings["max_length"],
-        full=points[full_key],
+        full=points[space.full],
         points=pareto(points.values(), held_out.greater_is_better),
         scored=sorted(points.values(), key=lambda point: point.cost),
     )

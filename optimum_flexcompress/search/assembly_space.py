@@ -35,6 +35,7 @@ class AssemblySpace:
             for index in range(depth)
         }
         self.size = self._count()
+        self.full = (1,) * sum(self._depths.values())
 
     def assembly(self, candidate: Candidate) -> Assembly:
         """The assembly that a candidate stands for."""
@@ -49,10 +50,9 @@ class AssemblySpace:
             for layers in range(self._modular.smallest().layers, total)
             for strategy in strategies
         ]
-        full = self._candidate({name: _pieces((1,) * depth) for name, depth in self._depths.items()})
-        others = [candidate for candidate in dict.fromkeys(found) if candidate != full]
+        others = [candidate for candidate in dict.fromkeys(found) if candidate != self.full]
         chosen = np.linspace(0, len(others) - 1, min(max(count - 1, 1), len(others))).round().astype(int)
-        return [full, *(others[index] for index in chosen)][:count]
+        return [self.full, *(others[index] for index in chosen)][:count]
 
     def all(self) -> Iterator[Candidate]:
         """See [`Space`]."""

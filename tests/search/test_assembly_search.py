@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+from optimum.commands.flexcompress.search import SearchCommand
 from transformers import T5ForConditionalGeneration
 
 from optimum_flexcompress import Assembly, FlexCompressError
@@ -147,3 +149,33 @@ def test_what_it_refuses(bert, tmp_path):
         search_assemblies(bert, REVIEWS, objective="latencies")
     with pytest.raises(FlexCompressError, match="save_pick needs something to pick by"):
         search_assemblies(bert, REVIEWS, save_pick=tmp_path / "pick")
+
+
+def test_the_command_searches_assemblies_of_a_modular_checkpoint(bert, tmp_path, capsys):
+    bert.save_pretrained(tmp_path / "modular")
+    word_tokenizer().save_pretrained(tmp_path / "modular")
+    (tmp_path / "reviews.csv").write_text("text,label\nthe film was good,a\nbad plot,b\nvery bad,c\n")
+    parser = argparse.ArgumentParser("optimum-cli")
+    SearchCommand(parser.add_subparsers())
+
+    def run(*more):
+        arguments = [
+            "search",
+            "-m",
+            tmp_path / "modular",
+            "--dataset",
+            tmp_path / "reviews.csv",
+            "--no-picture",
+            *more,
+        ]
+        args = parser.parse_args([*map(str, arguments), "-o", str(tmp_path / "front")])
+        try:
+            args.func(args).run()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    assert run("--unit", "counts") == 1
+    assert "is a modular checkpoint" in capsys.readouterr().err
+    assert run("--trials", "4", "--population", "2", "--metric", "loss", "--max-cost", "100%") == 0
+    assert "picked: encoder: " in capsys.readouterr().out

@@ -284,6 +284,11 @@ class ModularModel:
         self.modules.load_state_dict(state)
 
 
+def is_modular(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a modular checkpoint."""
+    return (Path(folder).expanduser() / MODULES_NAME).is_file()
+
+
 def _card_lines(assembly: Assembly, source: str | None) -> list[str]:
     full = sum(piece.granularity for pieces in assembly.stacks.values() for piece in pieces)
     return [
