@@ -21,28 +21,22 @@ from __future__ import annotations
 import argparse
 import lzma
 import zlib
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import modular_pipeline
 import torch
-from cells import Cells
-from modular_latency import TARGET, generation_latency, latency_table
-from modular_pipeline import Plan, Setting, Task, run, table, verdicts
 from transformers import T5Config, T5ForConditionalGeneration
-
-from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
-from optimum_flexcompress.evaluation.formatting import text_table
 
 
 NAME = "modular_cmudict"
-RESULTS = Path(__file__).parent / "results" / f"{NAME}.json"
-PARTS = ("ours", "baselines", "latency")
 PAD, END, FIRST = 0, 1, 2
 LETTERS = "'-.abcdefghijklmnopqrstuvwxyz"
 LAYERS = 12
 LONGEST = 32
+TEST_ROWS = 3000
+"""Held-out words to score on, unless `--test-rows` says otherwise."""
 NEW_TOKENS = 12
 
 
@@ -145,72 +139,29 @@ def make_model(width: int, size: int) -> T5ForConditionalGeneration:
     )
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--work", type=Path, default=Path("runs") / NAME)
-    parser.add_argument("--steps", type=int, default=1500, help="of the modular training (default: %(default)s)")
-    parser.add_argument("--teacher-steps", type=int, default=5000, help="of the full model (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128)
+    modular_pipeline.add_arguments(parser, NAME, steps=1500, teacher_steps=5000, rate=1e-3)
     parser.add_argument("--width", type=int, default=128, help="of the residual stream (default: %(default)s)")
-    parser.add_argument("--teacher-rate", type=float, default=1e-3)
-    parser.add_argument("--rate", type=float, default=1e-3, help="of everything else (default: %(default)s)")
-    parser.add_argument(
-        "--test-rows", type=int, default=3000, help="held-out words to score on (default: %(default)s)"
-    )
-    parser.add_argument("--rows", type=int, help="bound of the rows to train on, to try the script out")
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
-    parser.add_argument("--threads", type=int, default=environment_info()["usable_cores"])
-    parser.add_argument("--show", action="store_true", help="run nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-
-    torch.set_num_threads(options.threads)
-    facts = {"width": options.width, "layers": LAYERS, "rows": options.rows, "test_rows": options.test_rows}
-    setting = Setting(
-        options.teacher_steps,
-        options.steps,
-        options.batch_size,
-        options.teacher_rate,
-        options.rate,
-        options.bf16,
-        facts=facts,
-    )
-    words = Words(options.data, options.rows, options.test_rows)
-    task = Task(
-        words.train,
-        collate,
-        partial(make_model, options.width, words.size),
-        partial(score, words),
-        {"PER %": 2, "WER %": 2},
-        lower_is_better=True,
-    )
-    cells = Cells(options.work, asdict(setting), options.threads)
-    plan = Plan(cells, lambda: task, setting)
-    print(describe_environment(environment_info(options.threads)))
-    if not options.show:
-        run(plan, options.parts, lambda: cells.write(options.output))
-        if "latency" in options.parts:
-            ids = padded([spelled for spelled, _ in words.test[:1]], PAD)
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            cells.run("latency", lambda: generation_latency(plan.folders(), batch, NEW_TOKENS, options.threads))
-            cells.write(options.output)
-    header, rows, empty = table(plan, f"{NAME}.py --data {options.data.name.upper()}")
-    print(f"\nCMUdict, width {options.width}, {LAYERS} + {LAYERS} layers\n{text_table(header, rows)}")
-    print("\n".join(verdicts(plan)))
-    latency = cells.get("latency")
-    if latency is not None:
-        shape = "x".join(map(str, latency["batch"]))
-        print(f"\nGeneration of {latency['new_tokens']} tokens from {shape} letters, width {options.width}")
-        print(text_table(*latency_table(latency)))
-        speedup = latency["runs"]["PyTorch fp32, greedy"]["size-first 6"]["speedup"]
-        print(f"6x in PyTorch fp32, greedy: {speedup:.2f}x (at least {TARGET} wanted)")
-    else:
-        empty.append(f"python examples/benchmarks/{NAME}.py --data DIR --parts latency")
-    for command in empty:
-        print(f"  empty: {command}")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    given = parse()
+    vocabulary = Words(given.data, given.rows, given.test_rows if given.test_rows is not None else TEST_ROWS)
+    letters = padded([spelled for spelled, _ in vocabulary.test[:1]], PAD)
+    modular_pipeline.main(
+        NAME,
+        given,
+        modular_pipeline.Task(
+            vocabulary.train,
+            collate,
+            partial(make_model, given.width, vocabulary.size),
+            partial(score, vocabulary),
+            {"PER %": 2, "WER %": 2},
+            lower_is_better=True,
+            example={"input_ids": letters, "attention_mask": torch.ones_like(letters)},
+            new_tokens=NEW_TOKENS,
+        ),
+        {"width": given.width, "layers": LAYERS},
+    )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from cells import Cells
+from modular_latency import TARGET, generation_latency, latency_table
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from optimum_flexcompress import (
-    Assembly,
     DistillationConfig,
     FlexCompressConfig,
     FlexCompressSeq2SeqTrainer,
@@ -23,11 +24,15 @@ from optimum_flexcompress import (
     ModularModel,
 )
 from optimum_flexcompress.configuration import MethodConfig
+from optimum_flexcompress.evaluation.assemblies import draw_against_ratio, draw_assemblies
+from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
+from optimum_flexcompress.evaluation.formatting import text_table
 from optimum_flexcompress.methods.distillation import make_student
 from optimum_flexcompress.methods.modular import STRATEGIES
 from optimum_flexcompress.structure import count_parameters
 
 
+PARTS = ("ours", "baselines", "latency")
 RATIOS = (1.1, 1.5, 2.0, 3.0, 4.0, 6.0)
 BASELINE_RATIOS = (1.5, 3.0, 6.0)
 BASELINES = ("truncate", "distil", "theseus")
@@ -75,6 +80,8 @@ class Task:
         score: Metrics of a model on the test set.
         metrics: The metrics to show, with their digits; the first one decides.
         lower_is_better: Its direction.
+        example: `input_ids` and `attention_mask` of the input whose generation is timed.
+        new_tokens: Tokens that are generated then.
     """
 
     train: Sequence[dict[str, Any]]
@@ -83,6 +90,8 @@ class Task:
     score: Callable[[PreTrainedModel], dict[str, float]]
     metrics: dict[str, int]
     lower_is_better: bool
+    example: dict[str, torch.Tensor]
+    new_tokens: int
 
 
 class Plan:
@@ -94,15 +103,8 @@ class Plan:
         setting: What they share.
     """
 
-    def __init__(self, cells: Cells, task: Callable[[], Task], setting: Setting):
-        self.cells, self.setting = cells, setting
-        self._make_task, self._task = task, None
-
-    @property
-    def task(self) -> Task:
-        if self._task is None:
-            self._task = self._make_task()
-        return self._task
+    def __init__(self, cells: Cells, task: Task, setting: Setting):
+        self.cells, self.task, self.setting = cells, task, setting
 
     # Trainings
 
@@ -249,8 +251,74 @@ def possible(method: str, ratio: float) -> bool:
     return method != "theseus" or ratio == round(ratio)
 
 
+def add_arguments(parser: argparse.ArgumentParser, name: str, steps: int, teacher_steps: int, rate: float) -> None:
+    """The options that the benchmarks share."""
+    results = Path(__file__).parent / "results" / f"{name}.json"
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--work", type=Path, default=Path("runs") / name)
+    parser.add_argument("--steps", type=int, default=steps, help="of the modular training (default: %(default)s)")
+    parser.add_argument(
+        "--teacher-steps", type=int, default=teacher_steps, help="of the full model (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=128, help="rows of a step (default: %(default)s)")
+    parser.add_argument("--teacher-rate", type=float, default=rate, help="learning rate (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=rate, help="that of all later steps (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help="bound of the rows to train on, to try the script out")
+    parser.add_argument("--test-rows", type=int, help="bound of the rows to score on")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
+    parser.add_argument("--threads", type=int, default=environment_info()["usable_cores"])
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    parser.add_argument("--output", type=Path, default=results)
+
+
+def main(name: str, options: argparse.Namespace, task: Task, facts: dict[str, Any]) -> None:
+    """Runs the parts that were asked for, and shows all that has been run so far.
+
+    Args:
+        name: Name of the script.
+        options: What [`add_arguments`] added.
+        task: What is learned.
+        facts: Sizes of model and data, beside those in the options.
+    """
+    torch.set_num_threads(options.threads)
+    facts = {**facts, "rows": options.rows, "test_rows": options.test_rows}
+    names = ("teacher_steps", "steps", "batch_size", "teacher_rate", "rate", "bf16")
+    setting = Setting(**{key: getattr(options, key) for key in names}, facts=facts)
+    cells = Cells(options.work, asdict(setting), options.threads)
+    plan = Plan(cells, task, setting)
+    print(describe_environment(environment_info(options.threads)))
+
+    def write() -> None:
+        cells.write(options.output)
+        draw(plan, options.output.parent, name)
+
+    if not options.show:
+        run(plan, options.parts, write)
+        if "latency" in options.parts:
+            cells.run(
+                "latency",
+                lambda: generation_latency(plan.folders(), task.example, task.new_tokens, options.threads),
+            )
+            write()
+    header, rows, empty = table(plan, f"{name}.py --data DIR")
+    print(f"\n{name}: {facts}\n{text_table(header, rows)}")
+    print("\n".join(verdicts(plan)))
+    latency = cells.get("latency")
+    if latency is None:
+        empty.append(f"python examples/benchmarks/{name}.py --data DIR --parts latency")
+    else:
+        shape = "x".join(map(str, latency["batch"]))
+        print(f"\nGeneration of {latency['new_tokens']} tokens from an input of {shape}")
+        print(text_table(*latency_table(latency)))
+        speedup = latency["runs"]["PyTorch fp32, greedy"]["size-first 6"]["speedup"]
+        print(f"6x in PyTorch fp32, greedy: {speedup:.2f}x (at least {TARGET} wanted)")
+    for command in empty:
+        print(f"  empty: {command}")
+
+
 def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
-    """Runs the cells of some parts, those that compare most first."""
+    """Runs the trainings of some parts, those that compare most first."""
     if "ours" in parts:
         for ratio in RATIOS:
             for strategy in STRATEGIES:
@@ -270,7 +338,7 @@ def table(plan: Plan, script: str) -> tuple[list[str], list[list[str]], list[str
     Returns:
         Header, rows, and the commands of the empty cells.
     """
-    metrics = plan.task.metrics if plan.cells.get("full") else {}
+    metrics = plan.task.metrics
     header = ["ratio", "model", "steps", "layers", "parameters M", *metrics]
     rows, empty = [], []
 
@@ -321,6 +389,32 @@ def verdicts(plan: Plan) -> list[str]:
     return lines
 
 
-def picture_of(cell: dict[str, Any]) -> str:
-    """What an assembly uses, in two lines."""
-    return Assembly.from_dict(cell["assembly"]).summary()
+def draw(plan: Plan, folder: Path, name: str) -> None:
+    """Pictures of what has been run: what assemblies use, and metric and latency against the ratio."""
+    cells, latency = plan.cells, plan.cells.get("latency")
+    full = cells.get("full")
+    assembled = {(s, r): cell for s in STRATEGIES for r in RATIOS if (cell := cells.get(f"assembled/{s}/{r:g}"))}
+    if full is None or not assembled:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = {f"{strategy} {ratio:g}x": cell["assembly"] for (strategy, ratio), cell in assembled.items()}
+    draw_assemblies(plans, folder / f"{name}_assemblies.png")
+    metric = next(iter(plan.task.metrics))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (strategy, ratio), cell in assembled.items():
+        lines.setdefault(f"modular, {strategy}", [(1.0, full[metric])]).append((ratio, cell[metric]))
+    for method in BASELINES:
+        for ratio in BASELINE_RATIOS:
+            if cell := cells.get(f"{method}/{ratio:g}/shared"):
+                lines.setdefault(f"{TITLES[method]}, shared steps", []).append((ratio, cell[metric]))
+    panels = {metric: lines}
+    for title, run_of in latency["runs"].items() if latency else ():
+        if "greedy" in title:
+            panels[f"milliseconds, {title}"] = {
+                f"modular, {s}": [
+                    (1.0, run_of["full"]["milliseconds"]),
+                    *((r, run_of[f"{s} {r:g}"]["milliseconds"]) for r in RATIOS),
+                ]
+                for s in STRATEGIES
+            }
+    draw_against_ratio(panels, folder / f"{name}_ratios.png")

@@ -191,6 +191,7 @@ class ModularModel:
         folder: str | os.PathLike,
         *,
         source: str | os.PathLike | None = None,
+        name: str | None = None,
         overwrite: bool = False,
     ) -> Assembly:
         """Writes an assembled model: a stock folder, a card that says what it was made from, and its plan.
@@ -199,6 +200,7 @@ class ModularModel:
             assembly: What to make it from.
             folder: The folder to write, complete or not at all.
             source: The modular checkpoint, for its name and its tokenizer or image processor.
+            name: What the model is called; the name of the folder when `None`.
             overwrite: Whether the folder may be replaced.
 
         Returns:
@@ -220,7 +222,7 @@ class ModularModel:
                 methods=[self.config.method_type],
                 base_model=self.model.config._name_or_path or None,
                 lines=_card_lines(assembly, Path(source).name if source is not None else None),
-                name=Path(folder).name,
+                name=name or Path(folder).name,
             )
         return assembly
 

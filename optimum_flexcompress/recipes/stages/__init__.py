@@ -5,16 +5,19 @@ from __future__ import annotations
 from .base import INPUT, DataSettings, Stage, StageContext, StageSpec, register_stage, stage_class
 from .deployment import Benchmark, Export, Quantize
 from .distillation import Distill
+from .modular import Assemble, Modular
 from .training import FineTune
 
 
 __all__ = [
     "INPUT",
+    "Assemble",
     "Benchmark",
     "DataSettings",
     "Distill",
     "Export",
     "FineTune",
+    "Modular",
     "Quantize",
     "Stage",
     "StageContext",

@@ -1,0 +1,100 @@
+"""The stages of Modular Transformers, on a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+
+from optimum_flexcompress.errors import FlexCompressError
+from optimum_flexcompress.evaluation.assemblies import draw_against_ratio, draw_assemblies
+from optimum_flexcompress.methods.modular import MODULES_NAME, ModularModel
+from optimum_flexcompress.methods.modular.strategies import choose
+from optimum_flexcompress.recipes import load_recipe, run_recipe
+
+
+RECIPE = """\
+data: {max_length: 24}
+stages:
+  finetune: {epochs: 1, batch_size: 16, arguments: {use_cpu: true, disable_tqdm: true}}
+  modular:
+    model: finetune
+    epochs: 1
+    batch_size: 16
+    arguments: {use_cpu: true, disable_tqdm: true}
+    modules: {granularities: [2, 4]}
+  half: {type: assemble, model: modular, ratio: 2}
+  quarter: {type: assemble, model: modular, ratio: 4}
+"""
+
+
+@pytest.fixture
+def compress(tmp_path, model_folder, data_folder):
+    """Runs a recipe given as text; returns the result and what was said."""
+
+    def compress(text=RECIPE, *overrides):
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        said = []
+        result = run_recipe(
+            load_recipe(str(file), overrides),
+            str(model_folder),
+            str(data_folder),
+            "text-classification",
+            tmp_path / "out",
+            say=said.append,
+        )
+        return result, "\n".join(said)
+
+    return compress
+
+
+def test_one_training_gives_two_sizes(compress):
+    result, said = compress()
+    folder = result.folders["modular"]
+    assert (folder / MODULES_NAME).is_file() and (folder / "assemblies.png").stat().st_size > 1000
+    modular = ModularModel.from_pretrained(folder)
+    assert modular.depths == {"encoder": 4} and modular.granularities == {"encoder": [2, 4]}
+    for name, layers in (("half", 2), ("quarter", 1)):
+        small = transformers.AutoModelForSequenceClassification.from_pretrained(result.folders[name])
+        assert small.config.num_hidden_layers == layers
+        assert (result.folders[name] / "tokenizer.json").is_file()
+        assert f"# {name}\n" in (result.folders[name] / "README.md").read_text()
+    assert "half: encoder: [0-1] [2-3]" in said
+    assert result.metrics["half"]["ratio"] == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.quarter.ratio=5"], "ratio of 5 is out of reach"),
+        (["stages.half.strategy=speed-first"], "this model has the encoder alone"),
+        (["stages.half.model=finetune"], "trains no modules to assemble"),
+        (["stages.modular.modules.granularities=[3]"], "which no granularity of 3 divides"),
+        (["stages.modular.modules.initialization=frist"], 'Did you mean "first"'),
+    ],
+)
+def test_what_will_fail_is_said_before_anything_runs(compress, tmp_path, overrides, message):
+    with pytest.raises(FlexCompressError, match=message):
+        compress(RECIPE, *overrides)
+    assert not (tmp_path / "out" / "finetune").exists()
+
+
+def test_the_recipe_that_comes_with_the_package():
+    recipe = load_recipe("modular", [])
+    types = [spec.type for spec in recipe.stages]
+    assert types == ["finetune", "modular", "assemble", "assemble", "export", "quantize", "benchmark"]
+
+
+def test_pictures(tmp_path):
+    depths, granularities = {"encoder": 12, "decoder": 12}, {"encoder": [2, 3, 4, 6], "decoder": [2, 3, 4, 6]}
+    plans = {
+        f"{strategy} {ratio}x": choose(strategy, ratio, depths, granularities).to_dict()
+        for strategy in ("size-first", "speed-first")
+        for ratio in (1.5, 3, 6)
+    }
+    draw_assemblies(plans, tmp_path / "assemblies.svg")
+    text = (tmp_path / "assemblies.svg").read_text()
+    assert text.count("<path") > sum(len(pieces) for plan in plans.values() for pieces in plan.values())
+    lines = {"size-first": [(1, 3.0), (6, 9.0)], "speed-first": [(1, 3.0), (3, 5.0)]}
+    assert draw_against_ratio({"PER %": lines, "ms": lines}, tmp_path / "ratio.png").stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["assemblies.svg", "ratio.png"]
