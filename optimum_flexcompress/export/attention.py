@@ -50,6 +50,7 @@ class Attention:
         size: Dims of a head.
         scale: What scores are multiplied by.
         mask_input: The graph input that says which keys are hidden, where `mask` does nothing else.
+        mask_is_row: Whether `mask` is `(batch, 1, 1, keys)` and does nothing but hide keys.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Attention:
     size: int = 0
     scale: float = 1.0
     mask_input: str | None = field(default=None)
+    mask_is_row: bool = False
 
 
 def find_attentions(graph: Graph) -> tuple[list[Attention], dict[str, str]]:
@@ -90,7 +92,23 @@ def find_attentions(graph: Graph) -> tuple[list[Attention], dict[str, str]]:
     return found, reasons
 
 
-def _match(graph: Graph, softmax: NodeProto) -> Attention:
+@dataclass
+class Scores:
+    """What goes into a softmax: see the same names in [`Attention`]."""
+
+    query: str
+    key: str
+    split_query: str
+    mask: str | None
+    factors: tuple[list[str], list[str]]
+
+
+def scores_of(graph: Graph, softmax: NodeProto) -> Scores:
+    """Reads the scores of an attention.
+
+    Raises:
+        NotFusable: They are no product of queries and keys.
+    """
     factors: tuple[list[str], list[str]] = ([], [])
     scores, mask = _without_cast(graph, softmax.input[0]), None
     add = graph.producer(scores, "Add")
@@ -104,6 +122,11 @@ def _match(graph: Graph, softmax: NodeProto) -> Attention:
         raise NotFusable("its scores are no plain product of queries and keys")
     query, split_query = _merged(graph, _peel(graph, product.input[0], factors), SPLIT_HEADS, "query")
     key = _key(graph, _peel(graph, product.input[1], factors), factors)
+    return Scores(query, key, split_query, mask, factors)
+
+
+def _match(graph: Graph, softmax: NodeProto) -> Attention:
+    scores = scores_of(graph, softmax)
     weighted = _only_reader(graph, softmax.output[0], "MatMul")
     if weighted.input[0] != softmax.output[0]:
         raise NotFusable("its weights are not the left factor of a product")
@@ -113,7 +136,9 @@ def _match(graph: Graph, softmax: NodeProto) -> Attention:
         raise NotFusable("its heads are joined in an unusual way")
     output = _only_reader(graph, transpose.output[0], "Reshape").output[0]
     name = (softmax.name or softmax.output[0]).strip("/").rsplit("/", 1)[0]
-    return Attention(name, softmax, query, key, value, output, split_query, mask, factors)
+    return Attention(
+        name, softmax, scores.query, scores.key, value, output, scores.split_query, scores.mask, scores.factors
+    )
 
 
 def _without_cast(graph: Graph, tensor: str) -> str:
@@ -234,7 +259,8 @@ def _measure(item: Attention, runs: list[dict[str, np.ndarray]], inputs: list[st
         item.mask_input = next(
             (name for name in inputs if all(_only_hides_keys(run, item, name) for run in runs)), None
         )
-        if item.mask_input is None:
+        item.mask_is_row = item.mask_input is None and all(_is_hiding_row(run, item) for run in runs)
+        if item.mask_input is None and not item.mask_is_row:
             for run in runs:
                 shape = run[item.mask].shape
                 batch, length, keys = run[item.query].shape[0], run[item.query].shape[1], run[item.key].shape[1]
@@ -257,6 +283,11 @@ def _only_hides_keys(run: dict[str, np.ndarray], item: Attention, name: str) -> 
     return bool((mask[visible] == 0).all() and (mask[~visible] <= HIDDEN).all())
 
 
+def _is_hiding_row(run: dict[str, np.ndarray], item: Attention) -> bool:
+    mask, (batch, keys) = run[item.mask], run[item.key].shape[:2]
+    return mask.shape == (batch, 1, 1, keys) and bool(((mask == 0) | (mask <= HIDDEN)).all())
+
+
 def fuse(graph: Graph, item: Attention) -> None:
     """Replaces one attention by `MultiHeadAttention`.
 
@@ -268,14 +299,13 @@ def fuse(graph: Graph, item: Attention) -> None:
     inputs, scale = [item.query, item.key, item.value], item.scale
     if item.mask is not None:
         widened = None
-        if item.mask_input is not None:
+        hides_keys = item.mask_input is not None or item.mask_is_row
+        if hides_keys:
             widened = _widened_projections(graph, item, base)
         if widened is not None:
             inputs[:2] = widened
         else:
-            mask = item.mask
-            if item.mask_input is not None:
-                mask = _expanded_mask(graph, item, base)
+            mask = _expanded_mask(graph, item, base) if hides_keys else item.mask
             inputs += ["", "", mask]
     old = graph.producer(item.output)
     output = graph.unique_name(f"{base}_output")
@@ -339,11 +369,17 @@ def _widened_projections(graph: Graph, item: Attention, base: str) -> tuple[str,
     return tensors[0], tensors[1]
 
 
-def _score_of_hidden(graph: Graph, item: Attention) -> str:
+def score_of_hidden(graph: Graph, item: Attention) -> str:
     """`(batch, keys)`: 0 for a visible key, a large negative number for a hidden one; made once for a graph."""
-    name = f"flexcompress.{item.mask_input}.scores"
-    if graph.producer(name) is None:
-        shared = f"flexcompress.{item.mask_input}"
+    shared = f"flexcompress.{item.mask_input or item.mask}"
+    name = f"{shared}.scores"
+    if graph.producer(name) is None and item.mask_is_row:
+        axes = graph.add_constant(f"{shared}.axes", np.array([1, 2], np.int64))
+        row = graph.add_node("Squeeze", [item.mask, axes], f"{shared}.Squeeze")
+        least = graph.add_constant(f"{shared}.least", np.float32(HIDDEN))
+        graph.add_node("Max", [row, least], f"{shared}.Max", outputs=[name])
+        graph.reindex()
+    elif graph.producer(name) is None:
         one, large = (graph.add_constant(f"{shared}.{value:g}", np.float32(value)) for value in (1.0, -HIDDEN))
         number = graph.add_node("Cast", [item.mask_input], f"{shared}.Cast", to=1)
         hidden = graph.add_node("Sub", [number, one], f"{shared}.Sub")
@@ -354,12 +390,12 @@ def _score_of_hidden(graph: Graph, item: Attention) -> str:
 
 def _hidden_keys(graph: Graph, item: Attention) -> str:
     """`(batch, keys, heads * (size + 1))`: the scores of hidden keys in the last dim of every head, else 0."""
-    name = f"flexcompress.{item.mask_input}.{item.heads}x{item.size}.{item.scale:g}"
+    name = f"flexcompress.{item.mask_input or item.mask}.{item.heads}x{item.size}.{item.scale:g}"
     if graph.producer(name) is None:
         place = np.zeros((1, 1, item.heads, item.size + 1), np.float32)
         place[..., -1] = 1.0 / item.scale
         axis = graph.add_constant(f"{name}.axis", np.array([2], np.int64))
-        column = graph.add_node("Unsqueeze", [_score_of_hidden(graph, item), axis], f"{name}.Unsqueeze")
+        column = graph.add_node("Unsqueeze", [score_of_hidden(graph, item), axis], f"{name}.Unsqueeze")
         where = graph.add_constant(f"{name}.place", place.reshape(1, 1, -1))
         graph.add_node("Mul", [column, where], f"{name}.Mul", outputs=[name])
         graph.reindex()
@@ -369,7 +405,7 @@ def _hidden_keys(graph: Graph, item: Attention) -> str:
 def _expanded_mask(graph: Graph, item: Attention, base: str) -> str:
     """`(batch, 1, queries, keys)`, as the operator wants it."""
     axes = graph.add_constant(f"{base}.axes", np.array([1, 2], np.int64))
-    row = graph.add_node("Unsqueeze", [_score_of_hidden(graph, item), axes], f"{base}.Unsqueeze")
+    row = graph.add_node("Unsqueeze", [score_of_hidden(graph, item), axes], f"{base}.Unsqueeze")
     length = graph.add_node("Shape", [item.query], f"{base}.Shape", start=1, end=2)
     one = graph.add_constant(f"{base}.one", np.array([1], np.int64))
     shape = graph.add_node("Concat", [one, one, length, one], f"{base}.Concat", axis=0)

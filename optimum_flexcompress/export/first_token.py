@@ -7,6 +7,8 @@ enough. The result is the same, and the last layer costs about a fifth.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from onnx import NodeProto
 
@@ -29,44 +31,71 @@ def keep_first_token(graph: Graph, feeds: Feeds) -> bool:
     Returns:
         Whether anything was saved.
     """
-    for gather in [node for node in graph.nodes if node.op_type == "Gather"]:
-        index = graph.constant(gather.input[1])
-        takes_first = index is not None and index.ndim == 0 and int(index) == 0 and attribute(gather, "axis") == 1
-        if takes_first and graph.is_only_read_by(gather.input[0], gather):
-            return _sink(graph, gather, feeds)
+    for gather in first_token_gathers(graph):
+        zero, one = (graph.add_constant(f"flexcompress.first_token.{i}", np.array([i], np.int64)) for i in (0, 1))
+
+        def slice_first(name: str, number: int, zero: str = zero, one: str = one) -> str:
+            return graph.add_node("Slice", [name, zero, one, one], f"flexcompress.first_token.{number}")
+
+        return cut(graph, gather, feeds, slice_first)
     return False
 
 
-def _sink(graph: Graph, gather: NodeProto, feeds: Feeds) -> bool:
-    inner = _inner_nodes(graph, gather)
+def first_token_gathers(graph: Graph) -> list[NodeProto]:
+    """The nodes that take the first token of a tensor that nothing else reads."""
+    found = []
+    for node in graph.nodes:
+        if node.op_type == "Gather" and attribute(node, "axis") == 1:
+            index = graph.constant(node.input[1])
+            if index is not None and index.ndim == 0 and int(index) == 0:
+                if graph.is_only_read_by(node.input[0], node):
+                    found.append(node)
+    return found
+
+
+def cut(graph: Graph, gather: NodeProto, feeds: Feeds, pick: Callable[[str, int], str]) -> bool:
+    """Makes everything that matters only to the tokens that `gather` takes compute these tokens only.
+
+    Args:
+        graph: The graph.
+        gather: A node that takes tokens of its first input.
+        feeds: Inputs to measure shapes with.
+        pick: Adds a node that takes the same tokens of the tensor it is given, with a number for its name, and returns
+            what comes of it.
+
+    Returns:
+        Whether anything was saved. The first input of `gather` then has the taken tokens only.
+    """
+    inner = inner_nodes(graph, gather)
     tensors = [name for node in inner for name in _token_inputs(graph, node)] + [gather.input[0]]
     computed = [name for name in tensors if name not in graph.inputs]
     (values,) = values_of(graph.model, computed, [feeds])
     shapes = {name: value.shape for name, value in values.items()}
     batch, length = shapes[gather.input[0]][:2]
-    if any(len(shape) != 3 or shape[:2] not in ((batch, length), (1, length)) for shape in shapes.values()):
+    # What all samples share has only the same first token.
+    allowed = ((batch, length), (1, length)) if gather.op_type == "Gather" else ((batch, length),)
+    if any(len(shape) != 3 or shape[:2] not in allowed for shape in shapes.values()):
         return False
     products = [node for node in inner if node.op_type == "MatMul"]
     if length < 2 or not products:
         return False
     made = {name for node in inner for name in node.output}
-    first: dict[str, str] = {}
-    zero, one = (graph.add_constant(f"flexcompress.first_token.{i}", np.array([i], np.int64)) for i in (0, 1))
+    picked: dict[str, str] = {}
     for node in inner:
         for name in _token_inputs(graph, node):
             if name in made:
                 continue
-            if name not in first:
-                first[name] = graph.add_node("Slice", [name, zero, one, one], f"flexcompress.first_token.{len(first)}")
+            if name not in picked:
+                picked[name] = pick(name, len(picked))
             for position, read in enumerate(node.input):
                 if read == name and not (node.op_type == "MultiHeadAttention" and position > 0):
-                    node.input[position] = first[name]
+                    node.input[position] = picked[name]
     graph.reindex()
     return True
 
 
-def _inner_nodes(graph: Graph, gather: NodeProto) -> list[NodeProto]:
-    """The nodes that matter to nothing but the first token."""
+def inner_nodes(graph: Graph, gather: NodeProto) -> list[NodeProto]:
+    """The nodes that matter to nothing but the tokens that `gather` takes."""
     inner: list[NodeProto] = []
     waiting = [gather.input[0]]
     while waiting:

@@ -14,6 +14,14 @@ from .attention import find_attentions, fuse, measure
 from .dropping import dropping_length, drops_tokens, lengths_in
 from .first_token import keep_first_token
 from .graph import Graph, has_subgraphs, load_model, save_model
+from .kept_tokens import (
+    choose_early,
+    find_significances,
+    fuse_with_significance,
+    matching,
+    read_padding_directly,
+    spare_unread_choices,
+)
 from .probe import Feeds, Reference, can_probe, made_up_feeds
 
 
@@ -30,11 +38,13 @@ class FusionReport:
         attentions: Names of the attentions that were fused.
         left: For each attention that was not, by name, the reason.
         first_token_only: Whether the last layer computes the first token only.
+        choices: In how many layers tokens are dropped before the output projection of the attention.
     """
 
     attentions: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     first_token_only: bool = False
+    choices: int = 0
 
 
 def fuse_graph(model: ModelProto, config: PretrainedConfig | None = None) -> tuple[ModelProto, FusionReport]:
@@ -62,9 +72,14 @@ def fuse_graph(model: ModelProto, config: PretrainedConfig | None = None) -> tup
         report.left["all"] = "it drops tokens, and its configuration does not say how many"
         return model, report
     feeds = probing_feeds(model, config)
-    attentions, report.left = find_attentions(Graph(model))
-    names = [item.name for item in attentions]
     reference = Reference(model, feeds)
+    if drops_tokens(model):
+        model = _simplified_choices(model, reference)
+    attentions, report.left = find_attentions(Graph(model))
+    for one in find_significances(Graph(model)):
+        # These softmaxes belong to the attentions whose maps they repeat.
+        report.left.pop(one.softmax, None)
+    names = [item.name for item in attentions]
     fused = _with_attentions(model, names, reference, report)
     if fused is None:
         good = [name for name in names if _with_attentions(model, [name], reference, report) is not None]
@@ -73,6 +88,7 @@ def fuse_graph(model: ModelProto, config: PretrainedConfig | None = None) -> tup
         logger.info("Attention %s is not fused: %s.", name, reason)
     graph = Graph(_copy(fused))
     first_token = keep_first_token(graph, feeds[0])
+    report.choices = choose_early(graph, feeds[0])
     _sum_residuals(graph)
     candidate = graph.write()
     if reference.difference(candidate) <= TOLERANCE:
@@ -91,8 +107,13 @@ def _with_attentions(
     graph = Graph(_copy(model))
     attentions = [item for item in find_attentions(graph)[0] if item.name in names]
     report.left.update(measure(graph, attentions, reference.feeds))
+    significances = find_significances(graph)
     for item in attentions:
-        fuse(graph, item)
+        significance = matching(significances, item)
+        if significance is None:
+            fuse(graph, item)
+        else:
+            fuse_with_significance(graph, item, significance)
     fused = graph.write()
     difference = reference.difference(fused)
     if difference > TOLERANCE:
@@ -102,6 +123,17 @@ def _with_attentions(
         return None
     report.attentions = [item.name for item in attentions]
     return fused
+
+
+def _simplified_choices(model: ModelProto, reference: Reference) -> ModelProto:
+    """The model with no more than what it takes to choose among tokens."""
+    for simplify in (read_padding_directly, spare_unread_choices):
+        graph = Graph(_copy(model))
+        if simplify(graph, reference.feeds):
+            simpler = graph.write()
+            if reference.difference(simpler) <= TOLERANCE:
+                model = simpler
+    return model
 
 
 def probing_feeds(model: ModelProto, config: PretrainedConfig | None) -> list[Feeds]:

@@ -235,7 +235,8 @@ class TokenDropper:
         self, name: str, start: int, stop: int, module: nn.Module, args: tuple, output: torch.Tensor
     ) -> None:
         if not self._current.decided:
-            setattr(self._current, name, output.detach()[..., start:stop])
+            output = output.detach()
+            setattr(self._current, name, output if stop - start == output.shape[-1] else output[..., start:stop])
 
     def _decide(self, layer: LayerView, module: nn.Module, args: tuple, output: tuple) -> None:
         record = self._current

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .lengths import kept_of
+from .onnx_ops import TakenRows, is_in_onnx_export
 
 
 Size = Any
@@ -59,28 +60,34 @@ def fraction_limit(hidden: torch.Tensor, tokens: torch.Tensor | None, numerator:
     return Limit(width, smallest, each)
 
 
-def keep_order(scores: torch.Tensor, limit: Limit) -> torch.Tensor:
-    """Tokens in the order in which they are laid out.
+def choose(scores: torch.Tensor, limit: Limit) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens stay and which go.
 
     Args:
         scores: Significance, `[batch, length]`.
         limit: How many stay.
 
     Returns:
-        Indices `[batch, length]`: first those that stay, then the others, both in the order of the text.
+        Indices `[batch, limit.width]`: first those that stay, in the order of the text, then, where a sample keeps
+        fewer than `limit.width`, some that go. And indices `[batch, length - limit.smallest]` of all that go, after
+        those beyond `limit.smallest` that stay.
     """
     length = scores.shape[1]
     # A stable sort cannot be exported; nothing but ties depends on it.
     stable = {} if torch.jit.is_tracing() else {"stable": True}
     ranked = torch.argsort(scores, dim=1, descending=True, **stable)
-    rank = torch.arange(length, device=scores.device)
-    each = limit.width if limit.each is None else limit.each[:, None]
-    ranked = ranked + length * (rank >= each)
-    return torch.sort(ranked, dim=1).values % length
+    kept, others = ranked[:, : limit.width], ranked[:, limit.smallest :]
+    if limit.each is None:
+        return torch.sort(kept, dim=1).values, others
+    rank = torch.arange(kept.shape[1], device=scores.device)
+    kept = kept + length * (rank >= limit.each[:, None])
+    return torch.sort(kept, dim=1).values % length, others
 
 
 def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows `index` (`[batch, n]`) of each sample of `tensor` (`[batch, length, size]`)."""
+    if is_in_onnx_export():
+        return TakenRows.apply(tensor, index)
     # Whole rows are copied here; `gather` would look up every number by itself.
     batch, length, size = tensor.shape
     offset = torch.arange(batch, device=tensor.device)[:, None] * length

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..architectures import AttentionView
+from .onnx_ops import ReceivedAttention, is_in_onnx_export
+from .rows import additive_mask
 
 
 _CHUNK = 1 << 24
@@ -31,6 +33,14 @@ def attention_received(
     Returns:
         `[batch, length]`, float32.
     """
+    if is_in_onnx_export():
+        weights = None
+        if valid is not None:
+            weights = valid[:, None, None, :].to(query.dtype)
+            # A bias that is there already holds the mask.
+            bias = additive_mask(valid, query.dtype) if bias is None else bias
+        scale = attention.head_size**-0.5 if attention.table.scaled else 1.0
+        return ReceivedAttention.apply(query, key, bias, weights, attention.num_heads, attention.head_size, scale)
     query, key = (
         part.detach().unflatten(-1, (attention.num_heads, attention.head_size)).transpose(1, 2)
         for part in (query, key)

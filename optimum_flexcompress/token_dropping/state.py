@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .rows import Limit, keep_order, take
+from .rows import Limit, choose, take
 
 
 @dataclass
@@ -81,14 +81,14 @@ class PassState:
             limit: How many stay.
         """
         record = self.records[layer]
-        order = keep_order(scores, limit)
-        positions = order if self.positions is None else self.positions.gather(1, order)
-        kept, dropped = order[:, : limit.width], order[:, limit.smallest :]
-        after, dropped_positions = positions[:, : limit.width], positions[:, limit.smallest :]
+        kept, dropped = choose(scores, limit)
+        after, dropped_positions = (
+            index if self.positions is None else self.positions.gather(1, index) for index in (kept, dropped)
+        )
         valid = self.valid if self.valid is None else self.valid.gather(1, kept)
         if limit.each is not None:
             # Beyond what a sample keeps, the tensor is a gap; before it, nothing was dropped.
-            rank = torch.arange(order.shape[1], device=order.device)
+            rank = torch.arange(scores.shape[1], device=scores.device)
             stays = rank < limit.each[:, None]
             after = after.masked_fill(~stays[:, : limit.width], self.total)
             dropped_positions = dropped_positions.masked_fill(stays[:, limit.smallest :], self.total)
