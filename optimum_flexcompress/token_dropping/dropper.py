@@ -248,7 +248,7 @@ class TokenDropper:
             with torch.no_grad():
                 scores = self._significance(layer, record, output)
                 if record.valid is not None:
-                    scores = scores.masked_fill(~record.valid, -1.0)
+                    scores = torch.where(record.valid, scores, scores.new_tensor(-1.0))
                 if self._keep_first:
                     first = torch.arange(scores.shape[1], device=scores.device) == 0
                     scores = scores.masked_fill(first, torch.finfo(scores.dtype).max)

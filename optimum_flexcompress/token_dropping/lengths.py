@@ -167,7 +167,11 @@ def numerator(fraction: float) -> int:
 
 def kept_of(tokens: Any, numerator: int) -> Any:
     """`ceil(fraction * tokens)`, for an int or an integer tensor; up to 1e-4 above a whole number counts as it."""
-    return (tokens * numerator + (_SCALE - 1 - _SCALE // 10_000)) // _SCALE
+    raised = tokens * numerator + (_SCALE - 1 - _SCALE // 10_000)
+    if isinstance(raised, int):
+        return raised // _SCALE
+    # Nothing is negative here; the exporter writes a dozen operators for what `//` would do if it were.
+    return raised.div(_SCALE, rounding_mode="trunc")
 
 
 def _is_count(value: Any) -> bool:

@@ -97,8 +97,11 @@ def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def additive_mask(valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`[batch, 1, 1, length]` to add to scores: the lowest number where a token is not valid."""
-    mask = torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, torch.finfo(dtype).min)
-    return mask[:, None, None, :]
+    # Of the ways to write this, the exporter makes the least of this one.
+    visible, hidden = (
+        torch.full((), value, dtype=dtype, device=valid.device) for value in (0, torch.finfo(dtype).min)
+    )
+    return torch.where(valid, visible, hidden)[:, None, None, :]
 
 
 def valid_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 
 import numpy as np
 import optimum.onnxruntime as ort
@@ -18,7 +19,14 @@ from optimum_flexcompress.quantization import quantize_folder
 from optimum_flexcompress.token_dropping import LengthConfig, lengths_of, set_lengths, using_lengths
 from tests.export.dropping import clear_case
 from tests.export.exported import KINDS, generate, make, relative_error, run
-from tests.methods.length_adaptive.families import MATRIX, counts_of, fractions_of, valid_only
+from tests.methods.length_adaptive.families import (
+    FIRST_ALONE,
+    MATRIX,
+    counts_of,
+    fractions_of,
+    keeps_first,
+    valid_only,
+)
 from tests.tiny import build, inputs_for, outputs_of
 
 
@@ -28,6 +36,15 @@ SINGLE = [entry for entry in EXPORTED if not entry[1].endswith("ForConditionalGe
 SEQ2SEQ = [entry for entry in EXPORTED if entry not in SINGLE]
 SHAPES = ((1, 9), (4, 17), (2, 5))
 UNITS = {"counts": counts_of, "fractions": fractions_of}
+# Every head once, some in both units.
+CASES = [(*entry, list(UNITS)[number % 2]) for number, entry in enumerate(SINGLE)]
+CASES += [
+    (family, name, unit)
+    for family, name in SINGLE
+    for unit in UNITS
+    if name in ("BertForSequenceClassification", "BertForQuestionAnswering", "T5EncoderModel", "ViTModel")
+    and (family, name, unit) not in CASES
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +73,28 @@ def assert_same(model, file, shapes=SHAPES) -> None:
             torch.testing.assert_close(valid_only(actual, inputs, "")[key], value, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize(("family", "name"), SINGLE)
+@pytest.mark.parametrize(("family", "name", "unit"), CASES)
 def test_plain_and_fused_graphs_equal_pytorch(dropping, tmp_path, family, name, unit):
     model, folder = dropping(family, name, "stock", unit)
     assert_same(model, folder / "model.onnx")
-    fused, _ = fuse_graph(load_model(folder / "model.onnx"), model.config)
+    fused, report = fuse_graph(load_model(folder / "model.onnx"), model.config)
     save_model(fused, tmp_path / "fused.onnx")
     assert_same(model, tmp_path / "fused.onnx")
+    kinds = Counter(node.op_type for node in fused.graph.node)
+    # The maps are computed once; what a first-token head does not read is not even chosen.
+    layers = 2 if report.first_token_only else 3
+    assert kinds["Scan"] == report.choices == layers and kinds["Softmax"] == 0
+    assert report.first_token_only == (keeps_first(family, name) and name.endswith(FIRST_ALONE))
+
+
+def test_layers_that_drop_nothing_stay_fused(tmp_path):
+    model = build("bert", "BertForTokenClassification")
+    for lengths, scans in (([1.0, 1.0, 0.5], 1), ([0.7, 0.7, 0.7], 1), ([9, 4, 4], 2), ("full", 0)):
+        export_onnx(model, tmp_path / "fused", length_config=lengths, fuse=True, validate=False, overwrite=True)
+        kinds = Counter(node.op_type for node in load_model(tmp_path / "fused" / "model.onnx").graph.node)
+        assert (kinds["Scan"], kinds["MultiHeadAttention"]) == (scans, 3 - scans)
+        with using_lengths(model, lengths):
+            assert_same(model, tmp_path / "fused" / "model.onnx", ((3, 12),))
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -97,9 +128,8 @@ def test_compressed_models(dropping, tmp_path, family, name, unit):
     assert_same(model, tmp_path / "fused.onnx")
 
 
-@pytest.mark.parametrize("mode", [None, "dynamic"])
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForTokenClassification"])
-def test_fractions_do_not_depend_on_padding(dropping, tmp_path, name, mode):
+def test_fractions_do_not_depend_on_padding(dropping, tmp_path, name):
     model, folder = dropping("bert", name, "stock", "fractions")
     file = folder / "model.onnx"
     fused, _ = fuse_graph(load_model(file), model.config)
@@ -114,8 +144,7 @@ def test_fractions_do_not_depend_on_padding(dropping, tmp_path, name, mode):
             np.testing.assert_allclose(alone, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "static"])
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize(("unit", "mode"), [("counts", "static"), ("fractions", "dynamic")])
 @pytest.mark.parametrize(
     ("family", "name"),
     [
