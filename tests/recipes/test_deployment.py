@@ -1,4 +1,4 @@
-"""The recipes of the package from end to end on a tiny model: every stage runs, and the results open and agree."""
+"""Recipes that distil and quantize from end to end on a tiny model: every stage runs, the results open and agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import transformers
 
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.evaluation import Report, open_artifact
-from optimum_flexcompress.recipes import list_recipes, load_recipe, run_recipe
+from optimum_flexcompress.recipes import load_recipe, run_recipe
 
 
 QUICK = [
@@ -43,9 +43,9 @@ def compress(tmp_path_factory, model_folder, data_folder):
     return compress
 
 
-@pytest.fixture(scope="module", params=sorted(list_recipes()))
+@pytest.fixture(scope="module", params=["distil-int8", "minilm-int8"])
 def result(request, compress):
-    """What each recipe of the package leaves."""
+    """What each recipe that distils and quantizes leaves."""
     return compress(request.param)
 
 

@@ -6,6 +6,7 @@ from .base import INPUT, DataSettings, Stage, StageContext, StageSpec, register_
 from .deployment import Benchmark, Export, Quantize
 from .distillation import Distill
 from .modular import Assemble, Modular
+from .pruning import Prune
 from .training import FineTune
 
 
@@ -18,6 +19,7 @@ __all__ = [
     "Export",
     "FineTune",
     "Modular",
+    "Prune",
     "Quantize",
     "Stage",
     "StageContext",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import FlexCompressError
 from .base import StageContext, model_of, register_stage
-from .training import TrainingSettings, TrainingStage, load_config
+from .training import TrainingSettings, TrainingStage, check_methods, compression_config, load_config
 
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ class DistillSettings(TrainingSettings):
             raise FlexCompressError(f"layers must be a share between 0 and 1 or a whole number, not {self.layers}.")
         if isinstance(self.layers, int) and self.layers < 1:
             raise FlexCompressError(f"layers must be at least 1, not {self.layers}.")
-        if not self.methods:
-            raise FlexCompressError("methods is empty: name what is distilled, such as distillation or minilm.")
-        for name, values in self.methods.items():
-            if values is not None and not isinstance(values, dict):
-                raise FlexCompressError(f"methods.{name} must be a group of settings, not {values!r}.")
+        check_methods(self.methods)
 
 
 @register_stage("distill")
@@ -75,21 +71,13 @@ class Distill(TrainingStage):
 
     def check(self, models: Mapping[str, PreTrainedModel | None]) -> PreTrainedModel:
         """Makes the student without its weights, and asks the methods whether they can work with it."""
-        from transformers import TrainingArguments
-
-        from ...methods.base import PrepareContext, create_method
-        from ...methods.teacher import check_teacher
-
         self.check_arguments()
         settings = self.settings
         teacher = model_of(models, settings.teacher)
         start = model_of(models, settings.model or settings.teacher)
         student = self._student(start, own_copy=False)
         parts = (student, teacher) if settings.head else (student.base_model, teacher.base_model)
-        check_teacher(*parts)
-        context = PrepareContext(*parts, TrainingArguments(output_dir="unused", report_to="none"))
-        for method in self._compression_config().methods:
-            create_method(method).validate(context)
+        self.check_training(*parts, settings.methods)
         return student
 
     def run(self, context: StageContext) -> dict[str, Any]:
@@ -119,16 +107,9 @@ class Distill(TrainingStage):
             processor,
             prepared,
             teacher_model=teacher,
-            compression_config=self._compression_config(),
+            compression_config=compression_config(settings.methods),
         )
         return {**sizes, **metrics}
-
-    def _compression_config(self) -> Any:
-        from ...configuration import FlexCompressConfig
-
-        return FlexCompressConfig(
-            methods=[{"method_type": name, **(values or {})} for name, values in self.settings.methods.items()]
-        )
 
     def _student(self, start: PreTrainedModel, own_copy: bool) -> PreTrainedModel:
         from ...architectures import describe

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import FlexCompressError, nearest
 from .base import INPUT, Stage, StageContext, model_of, register_stage
@@ -87,9 +87,16 @@ class FineTuneSettings(TrainingSettings):
 
 
 class TrainingStage(Stage):
-    """What the training stages share."""
+    """What the training stages share.
+
+    Attributes:
+        logging_steps: How often the trainer logs, as a share of all steps.
+        log_history: What it has logged, once `train` has run.
+    """
 
     settings: TrainingSettings
+    logging_steps: ClassVar[float] = 0.1
+    log_history: Sequence[Mapping[str, Any]] = ()
 
     def check_arguments(self) -> None:
         """Looks at the names in `arguments`, and at the schedule."""
@@ -106,6 +113,18 @@ class TrainingStage(Stage):
             raise FlexCompressError(
                 f'"{self.settings.scheduler}" is no learning rate schedule.{nearest(self.settings.scheduler, schedules)}'
             )
+
+    def check_training(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None, methods: Mapping[str, Any]
+    ) -> None:
+        """Asks the methods whether they can train `model`; both models may be without weights."""
+        from transformers import TrainingArguments
+
+        from ...methods.base import PrepareContext
+        from ...methods.runner import MethodRunner
+
+        context = PrepareContext(model, teacher, TrainingArguments(output_dir="unused", report_to="none"))
+        MethodRunner(compression_config(methods), teacher).validate(context, None, None)
 
     def train(
         self,
@@ -154,6 +173,7 @@ class TrainingStage(Stage):
         if checkpoint is not None:
             context.say(f"{context.name}: going on from {checkpoint.name}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.log_history = trainer.state.log_history
         metrics = {}
         if prepared.compute_metrics is not None:
             metrics = evaluate(trainer, prepared.dataset[select_split(prepared.dataset)])
@@ -186,7 +206,7 @@ class TrainingStage(Stage):
             "save_total_limit": _CHECKPOINTS_KEPT,
             "eval_strategy": "no",
             "logging_strategy": "steps",
-            "logging_steps": 0.1,
+            "logging_steps": self.logging_steps,
             "report_to": "none",
             # Quiet logging would otherwise take the bars, and with them the time left, away.
             "disable_tqdm": False,
@@ -252,6 +272,22 @@ class FineTune(TrainingStage):
             # The model's labels are not the data's; anything else that is wrong with the data comes up again.
             context.say(f"{context.name}: the labels of {source} are not those of the data, so it gets a new head")
             return None
+
+
+def check_methods(methods: Mapping[str, Any]) -> None:
+    """Looks at the form of a stage's `methods`; what is in them is looked at where the models are known."""
+    if not methods:
+        raise FlexCompressError("methods is empty: name what is trained, such as distillation or minilm.")
+    for name, values in methods.items():
+        if values is not None and not isinstance(values, dict):
+            raise FlexCompressError(f"methods.{name} must be a group of settings, not {values!r}.")
+
+
+def compression_config(methods: Mapping[str, Any]) -> Any:
+    """A stage's `methods` as a `FlexCompressConfig`."""
+    from ...configuration import FlexCompressConfig
+
+    return FlexCompressConfig(methods=[{"method_type": name, **(values or {})} for name, values in methods.items()])
 
 
 def load_config(source: str | Path) -> Any:
