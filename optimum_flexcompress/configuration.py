@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 
 LayerPairs = list[list[int]]
 STACK_NAMES = ("encoder", "decoder")
+LAYER_MAPS = ("uniform", "ordered")
 
 
 def _read_pairs(value: Any, where: str) -> LayerPairs:
@@ -54,10 +55,12 @@ class DistillationConfig(MethodConfig):
             learned linear projection where teacher and student differ in width.
         attention_weight: Weight of the KL divergence between attention maps of mapped layers. Both models need equal
             head counts there, and compute attention eagerly in training steps.
-        layer_map: `"uniform"`, pairs `[student layer, teacher layer]`, or pairs by stack
+        layer_map: `"uniform"`, `"ordered"`, pairs `[student layer, teacher layer]`, or pairs by stack
             (`{"encoder": ..., "decoder": ...}`). Layer 0 is the embedding output (it has no attention map), layer `i`
             the output of the i-th layer. Uniform maps the embeddings, and student layer `i` of `m` onto teacher layer
-            `i * n / m` of `n`.
+            `i * n / m` of `n`. Ordered is for hidden states while a model is pruned (CoFi, arXiv 2204.00408): in
+            every step four evenly spaced teacher layers take the nearest student layers that still exist, in order,
+            through one learned projection.
         task_loss_weight: Weight of the model's own loss on the labels.
         projection_learning_rate: Learning rate of the projections; the trainer's when `None`.
     """
@@ -82,10 +85,15 @@ class DistillationConfig(MethodConfig):
                 "distillation has no term: set logits_weight, hidden_states_weight or attention_weight above 0."
             )
         if isinstance(self.layer_map, str):
-            if self.layer_map != "uniform":
+            if self.layer_map not in LAYER_MAPS:
                 raise FlexCompressError(
-                    f'distillation.layer_map is "{self.layer_map}": give "uniform", pairs [student layer, teacher '
-                    "layer], or pairs by stack."
+                    f'distillation.layer_map is "{self.layer_map}": give "uniform", "ordered", pairs [student layer, '
+                    "teacher layer], or pairs by stack."
+                )
+            if self.layer_map == "ordered" and (self.attention_weight or not self.hidden_states_weight):
+                raise FlexCompressError(
+                    'distillation.layer_map="ordered" matches hidden states: set hidden_states_weight above 0, and '
+                    "attention_weight=0."
                 )
         elif isinstance(self.layer_map, Mapping):
             for name in self.layer_map:

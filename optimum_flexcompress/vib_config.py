@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .errors import FlexCompressError, nearest
 from .method_config import MethodConfig, check_number
 
 
 MODES = ("vtrans", "fast", "faster")
+LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 KINDS = ("hidden", "heads", "ffn", "sublayers")
 """What masks are on: dims of the residual stream, heads (or groups of heads that share a key), inner dims of the FFN,
 whole attention and FFN sub-layers."""
@@ -34,7 +35,12 @@ class VIBPruningConfig(MethodConfig):
             takes 128, or what the model can take where that is less. Images have the length that they have.
         mode: `vtrans` trains weights and masks on all data; `fast` the same on `data_fraction` of the data, repeated
             for at least `min_steps` steps; `faster` trains masks only, with the weights frozen, also on
-            `data_fraction` of the data, and without fine-tuning.
+            `data_fraction` of the data, and without fine-tuning unless there is a `recovery`.
+        recovery: `lora`: after mode `faster`, the steps that are left for fine-tuning train LoRA adapters on the
+            projections of the pruned model, through PEFT and at the trainer's learning rate; the adapters are merged
+            at the end.
+        lora: Options of `peft.LoraConfig` for the recovery: `r` (16), `lora_alpha` (32), `lora_dropout` (0),
+            `use_rslora`.
         align: Final sizes of the residual stream, of all heads of an attention and of FFNs are multiples of this, or
             what they were.
         uniform: Every layer gets the same sizes and keeps all its sub-layers, such that a stock configuration can
@@ -65,6 +71,8 @@ class VIBPruningConfig(MethodConfig):
     include_embeddings: bool = False
     sequence_length: int | None = None
     mode: str = "vtrans"
+    recovery: str | None = None
+    lora: dict[str, Any] = field(default_factory=dict)
     align: int = 8
     uniform: bool = False
     prune: list[str] = field(default_factory=lambda: list(KINDS))
@@ -88,6 +96,7 @@ class VIBPruningConfig(MethodConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise FlexCompressError(f"vib_pruning.{name} is {value!r}.{nearest(str(value), choices)}")
+        self._check_recovery()
         if isinstance(self.prune, str) or not isinstance(self.prune, Sequence) or not self.prune:
             raise FlexCompressError(f"vib_pruning.prune is {self.prune!r}: give a list of {', '.join(KINDS)}.")
         for kind in self.prune:
@@ -144,6 +153,31 @@ class VIBPruningConfig(MethodConfig):
                 )
         self.save_at_sparsities = sorted({float(level) for level in levels})
 
+    def _check_recovery(self) -> None:
+        if self.recovery not in (None, "lora"):
+            raise FlexCompressError(f'vib_pruning.recovery is {self.recovery!r}: give "lora", or leave it out.')
+        if self.recovery is not None and self.mode != "faster":
+            raise FlexCompressError(
+                f'vib_pruning.recovery goes with mode="faster": the weights are fine-tuned anyway in mode '
+                f'"{self.mode}"; leave it out.'
+            )
+        if not isinstance(self.lora, Mapping):
+            raise FlexCompressError(f'vib_pruning.lora is {self.lora!r}: give options, such as {{"r": 16}}.')
+        if self.lora and self.recovery is None:
+            raise FlexCompressError('vib_pruning.lora has options for recovery="lora": set that too.')
+        for name, value in self.lora.items():
+            if name not in LORA_OPTIONS:
+                raise FlexCompressError(f'vib_pruning.lora has "{name}".{nearest(str(name), LORA_OPTIONS)}')
+            if name == "r":
+                check_number("vib_pruning.lora.r", value, minimum=1, integer=True)
+            elif name == "lora_alpha":
+                check_number("vib_pruning.lora.lora_alpha", value, above=0.0)
+            elif name == "lora_dropout":
+                check_number("vib_pruning.lora.lora_dropout", value, minimum=0.0)
+                if value >= 1:
+                    raise FlexCompressError(f"vib_pruning.lora.lora_dropout is {value:g}: give a share below 1.")
+        self.lora = dict(self.lora)
+
     def _check_share(self, name: str, value: float, closed: bool = False) -> None:
         check_number(f"vib_pruning.{name}", value)
         if not (0 < value < 1 or (closed and value == 1)):
@@ -156,4 +190,9 @@ class VIBPruningConfig(MethodConfig):
             raise FlexCompressError(
                 f"warmup_fraction, ramp_fraction and hold_fraction of vib_pruning make {total:g}: together they are "
                 "at most 1, and what is left is fine-tuning."
+            )
+        if self.recovery is not None and total > 1 - 1e-9:
+            raise FlexCompressError(
+                "warmup_fraction, ramp_fraction and hold_fraction of vib_pruning make 1, which leaves no steps for the "
+                "recovery: lower one of them."
             )

@@ -98,6 +98,10 @@ class Needs:
 FULL_PASS = "full"
 """Name of the pass that runs the whole model on the task."""
 
+EXISTING_LAYERS = "existing_layers"
+"""Key in [`Step.shared`] of a function that a method sets in `before_forward` where layers come and go: once the
+student has run it returns, by stack, Booleans `[layers]`."""
+
 
 @dataclass
 class Step:

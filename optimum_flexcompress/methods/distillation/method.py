@@ -11,11 +11,21 @@ from torch import nn
 from ...architectures import describe
 from ...configuration import DistillationConfig
 from ...errors import FlexCompressError
-from ..base import FULL_PASS, CompressionMethod, LossTerm, Needs, ParameterGroup, PrepareContext, Step
+from ..base import (
+    EXISTING_LAYERS,
+    FULL_PASS,
+    CompressionMethod,
+    LossTerm,
+    Needs,
+    ParameterGroup,
+    PrepareContext,
+    Step,
+)
 from ..teacher import check_labels, require_teacher, unwrap_peft
 from .hidden_states import attention_loss, hidden_state_loss, stack_outputs, valid_positions
 from .layer_map import layer_pairs
 from .logits import batch_size, count_items, head_of, logits_loss, problem_type_of
+from .ordered import identity_projection, ordered_loss, spread_layers
 
 
 class DistillationMethod(CompressionMethod):
@@ -61,7 +71,10 @@ class DistillationMethod(CompressionMethod):
                     if index and layers[index - 1].attention is not None
                 ]
         sizes = (student.hidden_size, teacher.hidden_size)
-        if config.hidden_states_weight and sizes[0] != sizes[1]:
+        if self._ordered:
+            for name in self._teacher_layers:
+                self.modules[f"{name}_ordered"] = identity_projection(*sizes)
+        elif config.hidden_states_weight and sizes[0] != sizes[1]:
             for name, pairs in self._pairs.items():
                 for index, other in pairs:
                     self.modules[f"{name}_{index}_{other}"] = nn.Linear(*sizes, bias=False)
@@ -70,10 +83,16 @@ class DistillationMethod(CompressionMethod):
     def _maps_layers(self) -> bool:
         return bool(self.config.hidden_states_weight or self.config.attention_weight)
 
+    @property
+    def _ordered(self) -> bool:
+        return self.config.layer_map == "ordered"
+
     def _map_layers(self, context: PrepareContext):
         views = [describe(unwrap_peft(model)) for model in (context.model, context.teacher)]
         counts = [{name: len(stack.layers) for name, stack in view.stacks.items()} for view in views]
-        self._pairs = layer_pairs(self.config.layer_map, *counts)
+        # Pairs that are matched anew in every step are not known here, only which stacks there are.
+        self._pairs = layer_pairs("uniform" if self._ordered else self.config.layer_map, *counts)
+        self._teacher_layers = {name: spread_layers(count) for name, count in counts[1].items()}
         if self.config.attention_weight:
             for name, pairs in self._pairs.items():
                 for pair in pairs:
@@ -148,6 +167,10 @@ class DistillationMethod(CompressionMethod):
             stack_outputs(outputs, "hidden_states", name, self._single)
             for outputs in (step.outputs, step.teacher_outputs)
         )
+        if self._ordered:
+            existing = step.shared[EXISTING_LAYERS]()[name] if EXISTING_LAYERS in step.shared else None
+            wanted = [teacher[layer] for layer in self._teacher_layers[name]]
+            return ordered_loss(student[1:], wanted, valid, self.modules[f"{name}_ordered"], existing)
         total = 0.0
         for index, other in pairs:
             hidden = student[index]

@@ -14,11 +14,21 @@ from ...errors import FlexCompressError
 from ...masking import fold
 from ...surgery import hidden_sides, select
 from ...vib_config import VIBPruningConfig
-from ..base import FULL_PASS, CompressionMethod, LossTerm, ParameterGroup, PrepareContext, Step, constant
+from ..base import (
+    EXISTING_LAYERS,
+    FULL_PASS,
+    CompressionMethod,
+    LossTerm,
+    ParameterGroup,
+    PrepareContext,
+    Step,
+    constant,
+)
 from ..teacher import unwrap_peft
 from .constraint import SizeConstraint, movable
 from .hooks import MaskHooks
 from .masks import SMALLEST_FOLDED, VIBMasks, as_masks
+from .recovery import LoRARecovery, require_peft
 from .schedule import Schedule
 from .sizes import Selection
 from .target import Target
@@ -57,6 +67,8 @@ class VIBPruningMethod(CompressionMethod):
                 "VIB pruning removes parts of the weights, which adapters sit on: merge them first "
                 "(model.merge_and_unload()), and add new ones afterwards to recover."
             )
+        if self.config.recovery is not None:
+            require_peft()
         view = describe(model)
         objection = view.architecture.objection(model.config)
         if objection is not None:
@@ -77,6 +89,10 @@ class VIBPruningMethod(CompressionMethod):
         self.modules["with_embeddings"] = self._target.with_embeddings.differentiable()
         self._hooks = MaskHooks(masks, self.config.beta, self.config.noise == "token")
         self._frozen_weights: list[torch.nn.Parameter] = []
+        self._recovery: LoRARecovery | None = None
+        if self.config.recovery is not None:
+            self._recovery = LoRARecovery(context.model, self.config.lora)
+            self.modules["adapters"] = self._recovery.adapters
         self._folded, self._step, self._schedule = False, 0, None
 
     def data_share(self) -> float:
@@ -94,16 +110,20 @@ class VIBPruningMethod(CompressionMethod):
             self._frozen_weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
             for parameter in self._frozen_weights:
                 parameter.requires_grad_(False)
+        if self._recovery is not None and self._folded:
+            self._recovery.attach()
 
     def detach(self) -> None:
         self._hooks.detach()
+        if self._recovery is not None:
+            self._recovery.detach()
         for parameter in self._frozen_weights:
             parameter.requires_grad_(True)
         self._frozen_weights = []
 
     def parameter_groups(self) -> list[ParameterGroup]:
         masks, constraint, config = self.modules["masks"], self.modules["constraint"], self.config
-        return [
+        groups = [
             ParameterGroup(
                 "means",
                 [masks.mu],
@@ -124,11 +144,30 @@ class VIBPruningMethod(CompressionMethod):
                 maximize=True,
             ),
         ]
+        if self._recovery is not None:
+            adapters = list(self._recovery.adapters.parameters())
+            groups.append(ParameterGroup("adapters", adapters, schedule=self._recovery_rate))
+        return groups
+
+    def _recovery_rate(self, step: int, max_steps: int) -> float:
+        return self._recovery.rate(step, self._schedule.fold, max_steps)
 
     def _rate(self, step: int, max_steps: int) -> float:
         return self._schedule.learning_rate(step)
 
     # In a step
+
+    def before_forward(self, step: Step) -> None:
+        step.shared[EXISTING_LAYERS] = self._existing_layers
+
+    @torch.no_grad()
+    def _existing_layers(self) -> dict[str, torch.Tensor]:
+        """Which layers have a sub-layer that is on, Booleans `[layers]` by stack."""
+        layout, on = self._target.layout, self._hooks.applied.counts.on
+        existing = {name: on.new_zeros(depth) for name, depth in layout.depths.items()}
+        for index, part in enumerate(layout.sublayers):
+            existing[part.stack][part.layer] += on[index]
+        return {name: counts > 0 for name, counts in existing.items()}
 
     def loss_terms(self, step: Step) -> dict[str, LossTerm]:
         if step.pass_name != FULL_PASS:
@@ -220,6 +259,8 @@ class VIBPruningMethod(CompressionMethod):
         fold(self._model, as_masks(target.layout, self._means() * values))
         masks.harden(values)
         self._folded = self._hooks.frozen = True
+        if self._recovery is not None:
+            self._recovery.attach()
 
     def _hard_sparsity(self) -> float:
         masks = self.modules["masks"]
@@ -247,6 +288,8 @@ class VIBPruningMethod(CompressionMethod):
     def finalize(self, model: PreTrainedModel) -> PreTrainedModel:
         layout, masks = self._target.layout, self.modules["masks"]
         if self._folded:
+            if self._recovery is not None:
+                self._recovery.merge_into(model)
             return select(model, as_masks(layout, masks.evaluation_values()).kept())
         if model is self._model:
             reached = self._hard_sparsity()

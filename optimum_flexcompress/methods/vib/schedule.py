@@ -68,7 +68,8 @@ class Schedule:
             FlexCompressError: The masks have too few steps to move.
         """
         warmup = round(config.warmup_fraction * steps)
-        masks = steps if config.mode == "faster" else round(_mask_fraction(config) * steps)
+        to_the_end = config.mode == "faster" and config.recovery is None
+        masks = steps if to_the_end else round(_mask_fraction(config) * steps)
         needed = minimum_steps(config)
         if masks - warmup < needed:
             share = max((masks - warmup) / steps, 1e-9) if steps else 1.0
