@@ -253,6 +253,7 @@ class FlexCompressMixin:
         scale = self._loss_scale(inputs, num_items_in_batch)
         passes = runner.passes(self.state.global_step, self.state.max_steps)
         shared: dict[str, Any] = {}
+        scaler = self.accelerator.scaler
         total = None
         for index, pass_name in enumerate(passes):
             step = Step(
@@ -264,6 +265,8 @@ class FlexCompressMixin:
                 pass_name=pass_name,
                 seed=self.args.seed,
                 shared=shared,
+                micro_steps=scale.micro_steps,
+                loss_scale=1.0 if scaler is None else scaler.get_scale(),
             )
             last = index == len(passes) - 1
             # Gradients travel between processes once per step, with the last pass of the last batch.

@@ -113,6 +113,7 @@ class Step:
         global_step: Optimizer steps done so far.
         max_steps: Optimizer steps of the run.
         micro_step: Index of the batch among those accumulated for this optimizer step.
+        micro_steps: How many those are.
         pass_name: Which of [`CompressionMethod.passes`] this is.
         seed: Seed of the run.
         shared: Lives as long as the batch: carries results from one pass to the next.
@@ -120,6 +121,7 @@ class Step:
         captured: Outputs of the student's projections, by key.
         teacher_outputs: What the teacher returned, if any method asked.
         teacher_captured: Outputs of the teacher's projections, by key.
+        loss_scale: What the loss is multiplied by before its backward pass (mixed precision in fp16).
     """
 
     model: PreTrainedModel
@@ -134,6 +136,8 @@ class Step:
     captured: dict[Any, torch.Tensor] = field(default_factory=dict)
     teacher_outputs: Any = None
     teacher_captured: dict[Any, torch.Tensor] = field(default_factory=dict)
+    micro_steps: int = 1
+    loss_scale: float = 1.0
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator seeded by (seed, step, batch, name): what it draws is the same on all processes, and in a

@@ -1,6 +1,6 @@
 """What a model costs as a function of its sizes: parameters or multiply-accumulates, exactly as surgery leaves them.
 
-A cost is bilinear. With `D` the width of the residual stream, `n_i` the units of sub-layer i (heads or FFN dims) and
+These two are bilinear. With `D` the width of the residual stream, `n_i` the units of sub-layer i (heads or FFN dims) and
 `on_i` whether it is there at all,
 
     cost = sum_i n_i (a_i D + b_i) + on_i (c_i D + d_i)  +  p D^2 + q D + r  +  sum_s buckets_s * heads_s
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ...architectures import ModelView
@@ -23,32 +24,34 @@ from .masks import Counts
 from .probe import module_rows
 
 
+COEFFICIENTS = ("unit_hidden", "unit", "on_hidden", "on")
+
+
 @dataclass
 class Cost:
-    """The coefficients; see the head of this file.
+    """What a model costs as a function of its sizes; whole numbers, so that no two ways of adding them up differ.
 
     Attributes:
         layout: The layout that numbers the sub-layers.
-        unit_hidden: `a`, by sub-layer; and so on for `unit`, `on_hidden` and `on`: `b`, `c`, `d`.
-        hidden_squared: `p`; and so on for `hidden` and `constant`: `q`, `r`.
         buckets: Rows of the position bias, by stack.
         dense: The cost of the whole model.
     """
 
     layout: MaskLayout
-    unit_hidden: list[int]
-    unit: list[int]
-    on_hidden: list[int]
-    on: list[int]
-    hidden_squared: int = 0
-    hidden: int = 0
-    constant: int = 0
     buckets: dict[str, int] = field(default_factory=dict)
     dense: int = 0
 
-    @classmethod
-    def empty(cls, layout: MaskLayout) -> Cost:
-        return cls(layout, *([0] * len(layout.sublayers) for _ in range(4)))
+    def outside(self, hidden: int) -> int:
+        """What is spent outside the sub-layers, at a width of the residual stream."""
+        raise NotImplementedError
+
+    def sublayers(self, index: np.ndarray | int, units: np.ndarray | int, hidden: int) -> np.ndarray:
+        """What sub-layers cost with so many units each (0 where they are gone), element by element, 64-bit."""
+        raise NotImplementedError
+
+    def differentiable(self) -> torch.nn.Module:
+        """The same of counts with gradients: a module from [`Counts`] to a 64-bit scalar."""
+        raise NotImplementedError
 
     def exact(self, hidden: int, units: Sequence[Sequence[int] | torch.Tensor]) -> int:
         """The cost of given sizes.
@@ -57,12 +60,9 @@ class Cost:
             hidden: Dims of the residual stream.
             units: For every sub-layer the indices of its units that stay; none where it goes.
         """
-        total = self.hidden_squared * hidden**2 + self.hidden * hidden + self.constant
-        for index, kept in enumerate(units):
-            if len(kept):
-                total += len(kept) * (self.unit_hidden[index] * hidden + self.unit[index])
-                total += self.on_hidden[index] * hidden + self.on[index]
-        return total + self._position_bias(units)
+        counts = np.array([len(kept) for kept in units])
+        inside = int(self.sublayers(np.arange(len(counts)), counts, hidden).sum())
+        return self.outside(hidden) + inside + self._position_bias(units)
 
     def _position_bias(self, units: Sequence[Sequence[int] | torch.Tensor]) -> int:
         total = 0
@@ -74,33 +74,52 @@ class Cost:
             total += buckets * len(used)
         return total
 
-    def unit_cost(self, index: int, hidden: int) -> int:
-        """What one unit of a sub-layer costs."""
-        return self.unit_hidden[index] * hidden + self.unit[index]
-
-    def on_cost(self, index: int, hidden: int) -> int:
-        """What a sub-layer costs for being there, its units aside."""
-        return self.on_hidden[index] * hidden + self.on[index]
-
-    def finish(self) -> Cost:
+    def finish(self):
         """Sets `dense`."""
         self.dense = self.exact(self.layout.hidden, [range(part.units) for part in self.layout.sublayers])
         return self
+
+
+@dataclass
+class BilinearCost(Cost):
+    """The coefficients; see the head of this file.
+
+    Attributes:
+        unit_hidden: `a`, by sub-layer; and so on for `unit`, `on_hidden` and `on`: `b`, `c`, `d`.
+        hidden_squared: `p`; and so on for `hidden` and `constant`: `q`, `r`.
+    """
+
+    unit_hidden: list[int] = field(default_factory=list)
+    unit: list[int] = field(default_factory=list)
+    on_hidden: list[int] = field(default_factory=list)
+    on: list[int] = field(default_factory=list)
+    hidden_squared: int = 0
+    hidden: int = 0
+    constant: int = 0
+
+    def __post_init__(self):
+        for name in COEFFICIENTS:
+            setattr(self, name, [0] * len(self.layout.sublayers))
+
+    def outside(self, hidden: int) -> int:
+        return self.hidden_squared * hidden**2 + self.hidden * hidden + self.constant
+
+    def sublayers(self, index: np.ndarray | int, units: np.ndarray | int, hidden: int) -> np.ndarray:
+        a, b, c, d = (np.array(getattr(self, name), dtype=np.int64)[index] for name in COEFFICIENTS)
+        return units * (a * hidden + b) + np.greater(units, 0) * (c * hidden + d)
 
     def differentiable(self) -> DifferentiableCost:
         return DifferentiableCost(self)
 
 
 class DifferentiableCost(torch.nn.Module):
-    """A [`Cost`] of counts with gradients."""
+    """A [`BilinearCost`] of counts with gradients."""
 
-    def __init__(self, cost: Cost):
+    def __init__(self, cost: BilinearCost):
         super().__init__()
-        names = ("unit_hidden", "unit", "on_hidden", "on")
-        table = torch.tensor([getattr(cost, name) for name in names], dtype=torch.float64)
+        table = torch.tensor([getattr(cost, name) for name in COEFFICIENTS], dtype=torch.float64)
         self.register_buffer("_table", table, persistent=False)
         self._cost = cost
-        self._columns: list[tuple[int, str]] = []
         for stack in cost.buckets:
             self.register_buffer(f"_{stack}_columns", _unit_columns(cost.layout, stack), persistent=False)
 
@@ -136,7 +155,7 @@ def _unit_columns(layout: MaskLayout, stack: str) -> torch.Tensor:
 # -- Parameters ---------------------------------------------------------------------------------------------------
 
 
-def parameter_cost(view: ModelView, layout: MaskLayout, include_embeddings: bool = False) -> Cost:
+def parameter_cost(view: ModelView, layout: MaskLayout, include_embeddings: bool = False) -> BilinearCost:
     """Counts the parameters of the layers, as [`structure.count_parameters`] does under `prunable`.
 
     Args:
@@ -147,7 +166,7 @@ def parameter_cost(view: ModelView, layout: MaskLayout, include_embeddings: bool
     Raises:
         UnsupportedArchitectureError: The layers have parameters of which the table of the family says nothing.
     """
-    cost = Cost.empty(layout)
+    cost = BilinearCost(layout)
     width = view.hidden_size
     for index, part in enumerate(layout.sublayers):
         stack = view.stacks[part.stack]
@@ -204,7 +223,7 @@ def _other_parameters(attention, projections: list[torch.nn.Module]) -> int:
 # -- Multiply-accumulates -----------------------------------------------------------------------------------------
 
 
-def macs_cost(view: ModelView, layout: MaskLayout, sequence_length: int | None = None) -> Cost:
+def macs_cost(view: ModelView, layout: MaskLayout, sequence_length: int | None = None) -> BilinearCost:
     """Counts the multiply-accumulates of the matrix products for one sample, heads and poolers included.
 
     Args:
@@ -216,7 +235,7 @@ def macs_cost(view: ModelView, layout: MaskLayout, sequence_length: int | None =
         FlexCompressError: The model cannot take so many tokens.
         UnsupportedArchitectureError: A head that the table of the family does not know.
     """
-    cost = Cost.empty(layout)
+    cost = BilinearCost(layout)
     rows = module_rows(view, sequence_length)
     for index, part in enumerate(layout.sublayers):
         sublayer = getattr(view.stacks[part.stack].layers[part.layer], part.kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ class Applied:
     """The masks of one forward pass.
 
     Attributes:
-        values: Means in training, and what is kept of them in evaluation, `[size]`.
-        sigma: Standard deviations of the noise, `[size]`; `None` for none.
+        values: Means of what is kept and 0 for the rest, `[size]`.
+        sigma: Standard deviations of the noise, likewise, `[size]`; `None` for none.
         keep: Indicator of what is kept, with its gradient in training, `[size]`.
-        hidden: That of the dims of the residual stream, `[hidden size]`.
-        counts: What is left of every sub-layer.
+        hidden: That of the dims of the residual stream, without a gradient, `[hidden size]`.
+        counts: What is left of every sub-layer, without a gradient.
+        drawn: Noisy masks of the residual stream by the shape of what they were drawn for.
     """
 
     values: torch.Tensor
@@ -33,6 +34,32 @@ class Applied:
     keep: torch.Tensor
     hidden: torch.Tensor
     counts: Counts
+    drawn: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+
+
+class _NoisyMask(torch.autograd.Function):
+    """`z = mu + eps * sigma`, of which the log variance gets the gradient that it has on average over the noise.
+
+    What a draw tells about the gradient of `log(sigma^2)`, `eps * sigma / 2 * dL/dz`, is almost all noise: a mask that
+    matters moves as much at random as one that does not. Its mean over the draws is `sigma^2 / 2 * d^2L/dz^2` (Price's
+    theorem), and the second derivative of a likelihood is the mean square of the gradients of single samples (the
+    Fisher information), which backward passes through here anyway. At the threshold, where sigma is mu, that is what
+    optimal brain damage says the removal costs.
+    """
+
+    @staticmethod
+    def forward(ctx, values, log_variance, sigma, noise, samples):
+        ctx.save_for_backward(sigma)
+        ctx.samples = samples
+        return torch.addcmul(values, noise, sigma)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (sigma,) = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        # The loss is a mean over samples, so a sample's own gradient is `samples` times what arrives here.
+        curvature = ctx.samples * rows.square().sum(0)
+        return rows.sum(0), 0.5 * sigma.square() * curvature, None, None, None
 
 
 class MaskHooks:
@@ -40,12 +67,12 @@ class MaskHooks:
 
     A head or FFN dim is scaled before the projection that reads it, and so is a whole sub-layer; the residual stream
     where embeddings and sub-layers write to it. A sub-layer of which nothing is left writes nothing, its bias
-    included, and norms run over what is left of the residual stream, in training too: what is on and off is hard
-    everywhere, with the straight-through gradient, so that training and evaluation differ in the noise alone.
+    included, and norms run over what is left of the residual stream. All that is hard in training too, and what is
+    off is silent, so that training and evaluation differ in the noise alone.
 
     Args:
         masks: The masks.
-        beta: Slope of the straight-through gradient.
+        beta: Slope of the straight-through gradient of the constraint.
         per_token: Whether noise is drawn for every token instead of once per sequence.
     """
 
@@ -55,6 +82,10 @@ class MaskHooks:
         self.per_token = per_token
         self.frozen = False
         """Once the masks are zeros and ones for good."""
+        self.batches = 1
+        """How many batches like this one the loss is a mean over."""
+        self.loss_scale = 1.0
+        """What multiplies the loss before the backward pass, in half precision."""
         self._handles: list[Any] = []
         self._applied: Applied | None = None
         self._evaluated: tuple[tuple, Applied] | None = None
@@ -109,8 +140,10 @@ class MaskHooks:
     def _sampled(self) -> Applied:
         masks = self.masks
         keep = masks.keep(self.beta)
-        values = torch.where(masks.active, masks.mu, 1.0)
-        return Applied(values, masks.sigma(), keep, keep[: masks.layout.hidden], masks.counts(keep))
+        hard = keep.detach()
+        values = torch.where(masks.active, masks.mu, 1.0) * hard
+        sigma = masks.sigma().detach() * hard
+        return Applied(values, sigma, keep, hard[: masks.layout.hidden], masks.counts(hard))
 
     @torch.no_grad()
     def _hard(self) -> Applied:
@@ -128,7 +161,9 @@ class MaskHooks:
             return values
         shape = like.shape[:-1] if self.per_token else (like.shape[0], *([1] * (like.dim() - 2)))
         noise = torch.randn(*shape, stop - start, device=values.device, dtype=values.dtype)
-        return torch.addcmul(values, noise, applied.sigma[start:stop])
+        part = slice(start, stop)
+        samples = like.shape[0] * self.batches / self.loss_scale
+        return _NoisyMask.apply(values, self.masks.log_variance[part], applied.sigma[part], noise, samples)
 
     def _scale_units(self, part: Sublayer) -> Callable:
         def hook(_module: nn.Module, args: tuple) -> tuple:
@@ -148,7 +183,11 @@ class MaskHooks:
         return hook
 
     def _scale_hidden(self, _module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
-        return output * self._factors(0, self.masks.layout.hidden, output).to(output.dtype)
+        # One mask, and so one draw, wherever the stream is written to.
+        drawn, shape = self.applied.drawn, tuple(output.shape[:-1])
+        if shape not in drawn:
+            drawn[shape] = self._factors(0, self.masks.layout.hidden, output)
+        return output * drawn[shape].to(output.dtype)
 
     def _keep_hidden(self, _module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output * self._hidden_indicator().to(output.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -119,21 +119,14 @@ class MaskLayout:
         """For every unit the index of its sub-layer."""
         return torch.cat([torch.full((part.units,), i) for i, part in enumerate(self.sublayers)])
 
-    def kl_weights(self, multipliers: dict[str, float]) -> torch.Tensor:
-        """For every entry its factor in the KL term.
-
-        Args:
-            multipliers: Factors by structure, instead of the defaults.
-        """
-        layers = sum(self.depths.values())
-        # The shared mask is applied after every sub-layer and to the embeddings, and counts as often.
-        factors = {"hidden": 2.0 * layers + 30.0, "heads": 256.0, "ffn": 1.0, "sublayers": 256.0, **multipliers}
-        weights = torch.empty(self.size)
-        weights[: self.hidden] = factors["hidden"]
+    def factors(self, by_kind: Mapping[str, float]) -> torch.Tensor:
+        """Factors by structure, 1 where none is given, for every entry; 0 where there is no mask. `[size]`."""
+        factors = torch.ones(self.size)
+        factors[: self.hidden] = by_kind.get("hidden", 1.0)
         for part in self.sublayers:
-            weights[part.start : part.stop] = factors["ffn" if part.kind == FFN else "heads"]
-        weights[self.gates] = factors["sublayers"]
-        return weights * self.active()
+            factors[part.start : part.stop] = by_kind.get("ffn" if part.kind == FFN else "heads", 1.0)
+        factors[self.gates] = by_kind.get("sublayers", 1.0)
+        return factors * self.active()
 
 
 def _head_ids(attention: AttentionView) -> tuple[int, ...]:

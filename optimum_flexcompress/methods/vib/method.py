@@ -27,6 +27,7 @@ from ..base import (
 from ..teacher import unwrap_peft
 from .constraint import SizeConstraint, movable
 from .hooks import MaskHooks
+from .layout import FFN
 from .masks import SMALLEST_FOLDED, VIBMasks, as_masks
 from .recovery import LoRARecovery, require_peft
 from .schedule import Schedule
@@ -40,9 +41,9 @@ WORRYING_GAP, LARGEST_GAP = 0.02, 0.1
 """How far the masks may be from the target, in sparsity: beyond the first at the end of the hold the user is told, and
 beyond the second throughout the hold the final sizes would be a guess."""
 
-VARIANCE_RATE = 4.0
-"""How much faster log variances learn than means: they have nine nats to go, where a mean goes from 1 to 0. If they
-lagged behind, a mean would fall to 0 under a tiny variance, and every later step would turn its mask on and off."""
+MEAN_RATE, VARIANCE_RATE = 0.1, 4.0
+"""Factors of the learning rate for means and log variances. The latter have nine nats to go. Means have little: they
+adjust the scale of what stays, and their gradients are mostly noise, which Adam would turn into a random walk."""
 
 
 class VIBPruningMethod(CompressionMethod):
@@ -82,10 +83,11 @@ class VIBPruningMethod(CompressionMethod):
         self._target = Target(self.config, context.model)
         layout = self._target.layout
         masks = VIBMasks(layout)
-        masks.register_buffer("kl_weights", layout.kl_weights(self.config.kl_multipliers), persistent=False)
         self.modules["masks"] = masks
         self.modules["constraint"] = SizeConstraint(self.config.multiplier_bound)
         self.modules["cost"] = self._target.cost.differentiable()
+        weights = self._relative_costs() * layout.factors(self.config.kl_multipliers)
+        masks.register_buffer("kl_weights", weights, persistent=False)
         self.modules["with_embeddings"] = self._target.with_embeddings.differentiable()
         self._hooks = MaskHooks(masks, self.config.beta, self.config.noise == "token")
         self._frozen_weights: list[torch.nn.Parameter] = []
@@ -127,7 +129,7 @@ class VIBPruningMethod(CompressionMethod):
             ParameterGroup(
                 "means",
                 [masks.mu],
-                learning_rate=config.mask_learning_rate,
+                learning_rate=MEAN_RATE * config.mask_learning_rate,
                 schedule=self._rate,
             ),
             ParameterGroup(
@@ -159,6 +161,7 @@ class VIBPruningMethod(CompressionMethod):
 
     def before_forward(self, step: Step) -> None:
         step.shared[EXISTING_LAYERS] = self._existing_layers
+        self._hooks.batches, self._hooks.loss_scale = step.micro_steps, step.loss_scale
 
     @torch.no_grad()
     def _existing_layers(self) -> dict[str, torch.Tensor]:
@@ -197,6 +200,18 @@ class VIBPruningMethod(CompressionMethod):
     def _sparsity(self, keep: torch.Tensor) -> torch.Tensor:
         """What a keep vector leaves out of what the request counts, a scalar."""
         return (1.0 - self.modules["cost"](self.modules["masks"].counts(keep)) / self._target.cost.dense).float()
+
+    def _relative_costs(self) -> torch.Tensor:
+        """What every entry costs in the whole model, in units of what an FFN dim does on average, `[size]`.
+
+        The KL term weighs entries by that, so that scores, which rise until the task resists the noise as much as the
+        KL term asks for it, tell importance per cost, and one threshold fits all.
+        """
+        layout = self._target.layout
+        keep = torch.ones(layout.size, requires_grad=True)
+        (amounts,) = torch.autograd.grad(-self._sparsity(keep), keep)
+        dims = [amounts[part.start : part.stop] for part in layout.sublayers if part.kind == FFN]
+        return amounts / (torch.cat(dims) if dims else amounts).mean()
 
     def on_step(self, step: int, max_steps: int) -> None:
         self._step = step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -94,6 +95,16 @@ class _Blocks:
         """How many blocks the masks keep."""
         return max(int((self.score > 0).sum()), self.forced)
 
+    @cached_property
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Units of its sub-layer before and with each block, as long as they are kept in order."""
+        seen: dict[int, int] = {}
+        after = []
+        for owner, units in zip(self.owner, self.units):
+            seen[owner] = seen.get(owner, 0) + len(units)
+            after.append(seen[owner])
+        return np.array(after) - [len(units) for units in self.units], np.array(after)
+
     def chosen(self, count: int, sublayers: int) -> list[np.ndarray]:
         """The units of every sub-layer that the first blocks hold, ascending."""
         found: list[list[np.ndarray]] = [[] for _ in range(sublayers)]
@@ -129,16 +140,14 @@ def _blocks(layout: MaskLayout, scores: Scores, align: int, ffn: bool) -> _Block
     )
 
 
-def _cumulative(cost: Cost, blocks: _Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """What the first 0, 1, 2, ... blocks cost: a factor of the width of the residual stream, and the rest."""
-    factors, rest = [0], [0]
-    seen: set[int] = set()
-    for owner, units in zip(blocks.owner, blocks.units):
-        first = owner not in seen
-        seen.add(owner)
-        factors.append(factors[-1] + len(units) * cost.unit_hidden[owner] + first * cost.on_hidden[owner])
-        rest.append(rest[-1] + len(units) * cost.unit[owner] + first * cost.on[owner])
-    return np.array(factors, dtype=np.int64), np.array(rest, dtype=np.int64)
+def _cumulative(cost: Cost, blocks: _Blocks, hidden: int) -> np.ndarray:
+    """What the first 0, 1, 2, ... blocks cost."""
+    if not blocks.owner:
+        return np.zeros(1, dtype=np.int64)
+    before, after = blocks.counts
+    owner = np.array(blocks.owner)
+    steps = cost.sublayers(owner, after, hidden) - cost.sublayers(owner, before, hidden)
+    return np.concatenate([[0], np.cumsum(steps)])
 
 
 def _position_bias(cost: Cost, blocks: _Blocks) -> np.ndarray:
@@ -170,26 +179,24 @@ def choose_sizes(cost: Cost, scores: Scores, wanted: int, align: int) -> Selecti
     """
     layout = cost.layout
     heads, dims = _blocks(layout, scores, align, ffn=False), _blocks(layout, scores, align, ffn=True)
-    (head_factors, head_rest), (dim_factors, dim_rest) = _cumulative(cost, heads), _cumulative(cost, dims)
-    head_rest = head_rest + _position_bias(cost, heads)
+    bias = _position_bias(cost, heads)
     head_counts = np.arange(heads.forced, len(heads.owner) + 1)
+    fixed = int(np.isinf(scores.hidden).sum())
+    kept = max(int((scores.hidden > 0).sum()), 1)
+    # Departures are in units of cost: that of the width at the sizes that the masks want elsewhere.
+    at_kept = _total(cost, heads, dims, kept)
     best = None
-    for hidden, kept in _widths(layout, scores, align):
-        head_costs = head_factors * hidden + head_rest
-        dim_costs = dim_factors * hidden + dim_rest
-        base = cost.hidden_squared * hidden**2 + cost.hidden * hidden + cost.constant
-        left = wanted - base - head_costs[head_counts]
+    for hidden in allowed_sizes(layout.hidden, align, max(fixed, 1)):
+        head_costs = _cumulative(cost, heads, hidden) + bias
+        dim_costs = _cumulative(cost, dims, hidden)
+        left = wanted - cost.outside(hidden) - head_costs[head_counts]
         above = np.clip(np.searchsorted(dim_costs, left), dims.forced, len(dims.owner))
         below = np.clip(above - 1, dims.forced, len(dims.owner))
         errors = [np.abs(dim_costs[counts] - left) for counts in (below, above)]
         dim_counts = np.where(errors[0] <= errors[1], below, above)
         error = np.minimum(*errors)
-        # Departures in units of cost: of the width at the sizes that the masks want elsewhere.
-        per_width = (
-            head_factors[heads.wanted] + dim_factors[dims.wanted] + cost.hidden + 2 * cost.hidden_squared * hidden
-        )
         departure = (
-            abs(hidden - kept) * per_width
+            abs(_total(cost, heads, dims, hidden) - at_kept)
             + np.abs(head_costs[head_counts] - head_costs[heads.wanted])
             + np.abs(dim_costs[dim_counts] - dim_costs[dims.wanted])
         )
@@ -207,12 +214,10 @@ def choose_sizes(cost: Cost, scores: Scores, wanted: int, align: int) -> Selecti
     return Selection(leading(scores.hidden, hidden), units, cost.exact(hidden, units))
 
 
-def _widths(layout: MaskLayout, scores: Scores, align: int):
-    """Every allowed width of the residual stream, with the width that the masks want."""
-    fixed = int(np.isinf(scores.hidden).sum())
-    kept = int((scores.hidden > 0).sum())
-    for hidden in allowed_sizes(layout.hidden, align, max(fixed, 1)):
-        yield hidden, kept
+def _total(cost: Cost, heads: _Blocks, dims: _Blocks, hidden: int) -> int:
+    """What a width costs with the sizes that the masks want elsewhere."""
+    inside = _cumulative(cost, heads, hidden)[heads.wanted] + _cumulative(cost, dims, hidden)[dims.wanted]
+    return cost.outside(hidden) + int(inside)
 
 
 def leading(scores: np.ndarray, count: int) -> np.ndarray:

@@ -78,6 +78,7 @@ class UniformSizes:
             FlexCompressError: No smaller size can be expressed.
         """
         groups = self._groups(scores)
+        self._dims_costs: dict[tuple[int, int], np.ndarray] = {}
         candidates = sorted(self._candidates(scores, groups, wanted), key=lambda item: item[0])
         for _, hidden, heads, dims in candidates:
             if self._is_stock(groups, hidden, heads, dims):
@@ -126,7 +127,7 @@ class UniformSizes:
         fixed = int(np.isinf(scores.hidden).sum())
         kept = int((scores.hidden > 0).sum())
         for hidden in allowed_sizes(cost.layout.hidden, self._align, max(fixed, 1)):
-            base = cost.hidden_squared * hidden**2 + cost.hidden * hidden + cost.constant
+            base = cost.outside(hidden)
             for heads in itertools.product(*(group.head_sizes for group in groups)):
                 spent = base + sum(self._heads_cost(group, n, hidden) for group, n in zip(groups, heads))
                 for dims in itertools.product(*(_near(group.dim_sizes, group.wanted_dims) for group in others)):
@@ -147,21 +148,23 @@ class UniformSizes:
     def _remainder(self, group: _Group, left: int, hidden: int) -> list[int]:
         """The two allowed FFN sizes around what is left to spend."""
         sizes = group.dim_sizes
-        costs = [self._dims_cost(group, size, hidden) for size in (sizes[0], sizes[-1])]
-        if sizes[0] == sizes[-1] or costs[1] == costs[0]:
-            return sizes[:1]
-        exact = sizes[0] + (left - costs[0]) * (sizes[-1] - sizes[0]) / (costs[1] - costs[0])
-        index = int(np.searchsorted(sizes, exact))
+        index = int(np.searchsorted(self._all_dims_costs(group, hidden), left))
         return sorted({sizes[min(max(i, 0), len(sizes) - 1)] for i in (index - 1, index)})
 
     def _heads_cost(self, group: _Group, count: int, hidden: int) -> int:
-        cost = self._cost
-        total = sum(count * cost.unit_cost(i, hidden) + cost.on_cost(i, hidden) for i in group.heads)
-        return total + sum(cost.buckets.get(stack, 0) * count for stack in group.stacks)
+        total = int(self._cost.sublayers(np.array(group.heads), count, hidden).sum())
+        return total + sum(self._cost.buckets.get(stack, 0) * count for stack in group.stacks)
 
     def _dims_cost(self, group: _Group, count: int, hidden: int) -> int:
-        cost = self._cost
-        return sum(count * cost.unit_cost(i, hidden) + cost.on_cost(i, hidden) for i in group.dims)
+        return int(self._all_dims_costs(group, hidden)[group.dim_sizes.index(count)])
+
+    def _all_dims_costs(self, group: _Group, hidden: int) -> np.ndarray:
+        """What every allowed FFN size costs, ascending."""
+        key = (id(group), hidden)
+        if key not in self._dims_costs:
+            index, units = np.array(group.dims)[:, None], np.array(group.dim_sizes)[None]
+            self._dims_costs[key] = self._cost.sublayers(index, units, hidden).sum(0)
+        return self._dims_costs[key]
 
     def _is_stock(self, groups: list[_Group], hidden: int, heads: tuple[int, ...], dims: tuple[int, ...]) -> bool:
         key = (hidden, heads)

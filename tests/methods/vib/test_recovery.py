@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_saving_on_the_way_merges_a_copy_and_changes_nothing(tmp_path):
 def test_the_rate_rises_and_falls():
     rates = [LoRARecovery.rate(step, 60, 80) for step in range(80)]
     assert not any(rates[:60]) and max(rates) > 0.9
-    assert rates[60] < rates[61] and all(a > b > 0 for a, b in zip(rates[62:], rates[63:]))
+    assert rates[60] < rates[61] and all(a > b > 0 for a, b in pairwise(rates[62:]))
 
 
 def test_without_peft(tmp_path, monkeypatch):
