@@ -186,6 +186,9 @@ class FlexCompressMixin:
 
     def _finalize(self) -> None:
         model = self._runner.finalize(self.model)
+        values = self._runner.final_values(model)
+        if values:
+            self.log(values)
         if self._runner.restructures:
             # Wrappers and optimizer know the old parameters.
             self.model = self.model_wrapped = self.callback_handler.model = model

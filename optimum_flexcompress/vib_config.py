@@ -26,13 +26,21 @@ class VIBPruningConfig(MethodConfig):
     the masks are folded into the weights, and the final sizes are chosen so that the request is met.
 
     Attributes:
-        target_sparsity: Share of the parameters of the layers that goes, above 0 and below 1. Give this or
-            `target_macs`.
+        target_sparsity: Share of the parameters of the layers that goes, above 0 and below 1. Give this,
+            `target_macs` or `target_latency`.
         target_macs: Multiply-accumulates of one sample of `sequence_length` tokens that are left, heads and poolers
             included; below 1 as a share of those of the dense model.
+        target_latency: Milliseconds of a forward pass in PyTorch, without a cache, by a table of latencies that is
+            measured once, on the device that trains, with the number of threads that PyTorch has then. It is kept
+            in the cache of Hugging Face (`HF_HOME`). The time of the model that comes out is measured too, and logged
+            next to that of the table.
+        latency_batch_size: Samples of that forward pass; `sequence_length` says how many tokens each has.
+        latency_device: Where to measure, such as `cpu`; `None` takes the device that trains.
+        latency_table: A file for the table instead of the one in the cache; one that exists is used, also where it was
+            measured on another machine.
         include_embeddings: Whether sparsity also counts the parameters of the embeddings.
-        sequence_length: Tokens of a sample (of source and target each in encoder-decoders) for counting MACs; `None`
-            takes 128, or what the model can take where that is less. Images have the length that they have.
+        sequence_length: Tokens of a sample (of source and target each in encoder-decoders) for counting MACs or
+            for timing; `None` takes 128, or what the model can take where that is less. Images have the length that they have.
         mode: `vtrans` trains weights and masks on all data; `fast` the same on `data_fraction` of the data, repeated
             for at least `min_steps` steps; `faster` trains masks only, with the weights frozen, also on
             `data_fraction` of the data, and without fine-tuning unless there is a `recovery`.
@@ -56,8 +64,8 @@ class VIBPruningConfig(MethodConfig):
             `arsinh`.
         multiplier_bound: Bound of the multiplier.
         kl_weight: Weight of the KL term.
-        kl_multipliers: Factors in the KL term by structure. `hidden` defaults to `2 * layers + 30`, the others to 256
-            (`heads`, `sublayers`) and 1 (`ffn`).
+        kl_multipliers: Factors in the KL term by structure, 1 where none is given, on top of what an entry costs in
+            the request: an FFN dim weighs 1 on average.
         beta: Slope of the sigmoid through which the counts of what is kept pass their gradient.
         noise: Whether training draws the masks' noise once per `sequence` or for every `token`.
         data_fraction: Share of the data in modes `fast` and `faster`.
@@ -68,6 +76,10 @@ class VIBPruningConfig(MethodConfig):
 
     target_sparsity: float | None = None
     target_macs: float | None = None
+    target_latency: float | None = None
+    latency_batch_size: int = 1
+    latency_device: str | None = None
+    latency_table: str | None = None
     include_embeddings: bool = False
     sequence_length: int | None = None
     mode: str = "vtrans"
@@ -123,12 +135,17 @@ class VIBPruningConfig(MethodConfig):
         self.kl_multipliers = dict(self.kl_multipliers)
 
     def _check_target(self) -> None:
-        if (self.target_sparsity is None) == (self.target_macs is None):
-            raise FlexCompressError("vib_pruning needs one target: give either target_sparsity or target_macs.")
+        targets = ("target_sparsity", "target_macs", "target_latency")
+        given = [name for name in targets if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise FlexCompressError(
+                f"vib_pruning needs one target, and has {' and '.join(given) or 'none'}: give one of "
+                f"{', '.join(targets)}."
+            )
         if self.target_sparsity is not None:
             self._check_share("target_sparsity", self.target_sparsity)
         else:
-            check_number("vib_pruning.target_macs", self.target_macs, above=0.0)
+            check_number(f"vib_pruning.{given[0]}", getattr(self, given[0]), above=0.0)
             if self.target_macs == 1:
                 raise FlexCompressError(
                     "vib_pruning.target_macs is 1, which is the whole model: give a share below 1, or a number of "
@@ -136,9 +153,13 @@ class VIBPruningConfig(MethodConfig):
                 )
             if self.include_embeddings:
                 raise FlexCompressError(
-                    "vib_pruning.include_embeddings goes with target_sparsity; looking up embeddings takes no MACs: "
-                    "leave it out."
+                    "vib_pruning.include_embeddings goes with target_sparsity: other targets count what is computed, "
+                    "and embeddings are looked up; leave it out."
                 )
+        check_number("vib_pruning.latency_batch_size", self.latency_batch_size, minimum=1, integer=True)
+        for name in ("latency_device", "latency_table"):
+            if getattr(self, name) is not None and self.target_latency is None:
+                raise FlexCompressError(f"vib_pruning.{name} goes with target_latency: leave it out.")
         levels = self.save_at_sparsities
         if isinstance(levels, str) or not isinstance(levels, Sequence):
             raise FlexCompressError(

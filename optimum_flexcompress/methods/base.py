@@ -282,6 +282,10 @@ class CompressionMethod:
         """What the model card of the saved model says about the method, as Markdown lines with a heading."""
         return []
 
+    def final_values(self, model: PreTrainedModel) -> dict[str, float]:
+        """Values to log once the model is finalised, such as what it was measured to take."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: tensors and plain values only. Extend it for state outside `modules`."""
         return {"modules": self.modules.state_dict()}

@@ -345,6 +345,10 @@ class MethodRunner:
             model = method.finalize(model)
         return model
 
+    def final_values(self, model: PreTrainedModel) -> dict[str, float]:
+        """The methods' values to log once the model is finalised."""
+        return {name: value for method in self.methods for name, value in method.final_values(model).items()}
+
     # Checkpoints
 
     def save(self, folder: str | Path) -> None:

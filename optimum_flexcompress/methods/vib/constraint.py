@@ -14,8 +14,8 @@ class SizeConstraint(nn.Module):
     The published Lagrangian is `lambda_1 (s - t) + lambda_2 (s - t)^2`. On toys of known importances its multipliers
     wind up while the masks are on their way to the threshold, and then push in the wrong direction for as long again:
     the size swings around the ramp. With the absolute value the direction is always right, and the multiplier need
-    only be as large as the resistance of the task, which it finds: it grows while `|s - t|` is outside a band and
-    falls inside. The gradients of the task differ by orders of magnitude between models while Adam ascends by the
+    only be as large as the resistance of the task, which it finds: it grows while s lags behind the ramp or is beyond its
+    target by more than a band, and falls else. The gradients of the task differ by orders of magnitude between models while Adam ascends by the
     same step everywhere, hence `lambda = sinh(raw)`: a step changes a large multiplier by a share of itself.
 
     Attributes:
@@ -36,15 +36,18 @@ class SizeConstraint(nn.Module):
         """`lambda`, a scalar."""
         return torch.sinh(self.raw[0])
 
-    def forward(self, sparsity: torch.Tensor, target: float) -> torch.Tensor:
+    def forward(self, sparsity: torch.Tensor, target: float, due: float | None = None) -> torch.Tensor:
         """The term of the loss, which masks descend and the multiplier ascends.
 
         Args:
             sparsity: What the masks leave out, with its gradient.
             target: What they should.
+            due: What is due now, where the target lies ahead of it.
         """
         gap = (sparsity - target).abs()
-        drive = ((gap.detach() - self.band) / self.band).clamp(-1.0, 1.0)
+        reached = sparsity.detach()
+        late = torch.maximum((target if due is None else due) - reached, reached - target)
+        drive = ((late - self.band) / self.band).clamp(-1.0, 1.0)
         ascent = self.raw[0] * drive
         return self.multiplier.detach() * gap + (ascent - ascent.detach())
 

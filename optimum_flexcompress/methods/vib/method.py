@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ..base import (
 from ..teacher import unwrap_peft
 from .constraint import SizeConstraint, movable
 from .hooks import MaskHooks
+from .latency import LatencyTable
 from .layout import FFN
 from .masks import SMALLEST_FOLDED, VIBMasks, as_masks
 from .recovery import LoRARecovery, require_peft
@@ -76,18 +78,16 @@ class VIBPruningMethod(CompressionMethod):
             raise FlexCompressError(f"This model cannot be pruned: {objection}.")
         if "hidden" in self.config.prune:
             hidden_sides(view)
-        Target(self.config, model).check_reachable()
+        Target(self.config, model, context.args.device).check_reachable()
 
     def prepare(self, context: PrepareContext) -> None:
         self._model = context.model
-        self._target = Target(self.config, context.model)
+        self._target = Target(self.config, context.model, context.args.device)
         layout = self._target.layout
         masks = VIBMasks(layout)
         self.modules["masks"] = masks
         self.modules["constraint"] = SizeConstraint(self.config.multiplier_bound)
-        self.modules["cost"] = self._target.cost.differentiable()
-        weights = self._relative_costs() * layout.factors(self.config.kl_multipliers)
-        masks.register_buffer("kl_weights", weights, persistent=False)
+        self._use_cost()
         self.modules["with_embeddings"] = self._target.with_embeddings.differentiable()
         self._hooks = MaskHooks(masks, self.config.beta, self.config.noise == "token")
         self._frozen_weights: list[torch.nn.Parameter] = []
@@ -195,11 +195,19 @@ class VIBPruningMethod(CompressionMethod):
         if holds:
             self.modules["constraint"].note(sparsity, target)
         chosen = movable(masks.scores(), hard, -marginal, target - sparsity.detach(), fine=holds)
-        return self.modules["constraint"](self._sparsity(hard + chosen * (keep - hard)), target)
+        moved = self._sparsity(hard + chosen * (keep - hard))
+        due = (self._schedule.sparsity(step) + target) / 2
+        return self.modules["constraint"](moved, target, due)
 
     def _sparsity(self, keep: torch.Tensor) -> torch.Tensor:
         """What a keep vector leaves out of what the request counts, a scalar."""
         return (1.0 - self.modules["cost"](self.modules["masks"].counts(keep)) / self._target.cost.dense).float()
+
+    def _use_cost(self) -> None:
+        masks = self.modules["masks"]
+        self.modules["cost"] = self._target.cost.differentiable().to(masks.mu.device)
+        weights = self._relative_costs() * self._target.layout.factors(self.config.kl_multipliers)
+        masks.register_buffer("kl_weights", weights.to(masks.mu.device), persistent=False)
 
     def _relative_costs(self) -> torch.Tensor:
         """What every entry costs in the whole model, in units of what an FFN dim does on average, `[size]`.
@@ -208,7 +216,7 @@ class VIBPruningMethod(CompressionMethod):
         KL term asks for it, tell importance per cost, and one threshold fits all.
         """
         layout = self._target.layout
-        keep = torch.ones(layout.size, requires_grad=True)
+        keep = torch.ones(layout.size, requires_grad=True, device=self.modules["masks"].mu.device)
         (amounts,) = torch.autograd.grad(-self._sparsity(keep), keep)
         dims = [amounts[part.start : part.stop] for part in layout.sublayers if part.kind == FFN]
         return amounts / (torch.cat(dims) if dims else amounts).mean()
@@ -317,12 +325,24 @@ class VIBPruningMethod(CompressionMethod):
         values = as_masks(layout, self._means() * selection.values(layout).to(masks.mu))
         return select(fold(model, values), values.kept())
 
+    def final_values(self, model: PreTrainedModel) -> dict[str, float]:
+        if self._target.table is None:
+            return {}
+        values = self._target.milliseconds(self.modules["masks"].evaluation_values(), model)
+        return {f"vib_{name}": value for name, value in values.items()}
+
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "folded": self._folded, "step": self._step}
+        state = {**super().state_dict(), "folded": self._folded, "step": self._step}
+        table = self._target.table
+        return state if table is None else {**state, "latencies": asdict(table)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
+        if "latencies" in state and state["latencies"] != asdict(self._target.table):
+            # Measured anew, times differ a little, and the run would go on to another target.
+            self._target.table = LatencyTable.from_dict(state["latencies"])
+            self._use_cost()
         self._folded = self._hooks.frozen = bool(state["folded"])
         self._step = int(state["step"])

@@ -54,7 +54,7 @@ def module_rows(view: ModelView, sequence_length: int | None) -> Rows:
     was_training = model.training
     model.eval()
     try:
-        model(**_sample(view, sequence_length))
+        model(**sample_inputs(view, sequence_length))
     finally:
         model.train(was_training)
         for handle in handles:
@@ -69,25 +69,40 @@ def module_rows(view: ModelView, sequence_length: int | None) -> Rows:
     return Rows({module: number for module, number in rows.items() if module in inside}, tuple(outside))
 
 
-def _sample(view: ModelView, length: int | None) -> dict[str, torch.Tensor]:
-    model, config = view.model, view.model.config
-    device = next(model.parameters()).device
-    if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        dtype = next(model.parameters()).dtype
-        return {"pixel_values": torch.zeros(1, config.num_channels, height, width, device=device, dtype=dtype)}
-    limit = getattr(config, "max_position_embeddings", None)
+def sample_length(view: ModelView, length: int | None) -> int | None:
+    """Tokens of a sample: `length`, or the default that the model can take; `None` for images.
+
+    Raises:
+        FlexCompressError: The model cannot take so many tokens.
+    """
+    if view.model.main_input_name == "pixel_values":
+        return None
+    limit = getattr(view.model.config, "max_position_embeddings", None)
     if length is None:
         # Some families keep two positions for other uses.
-        length = DEFAULT_LENGTH if limit is None else min(DEFAULT_LENGTH, limit - 2)
-    elif limit is not None and length > limit:
+        return DEFAULT_LENGTH if limit is None else min(DEFAULT_LENGTH, limit - 2)
+    if limit is not None and length > limit:
         raise FlexCompressError(
             f"sequence_length is {length}, the model takes {limit} tokens at most: give a number up to that."
         )
+    return length
+
+
+def sample_inputs(view: ModelView, length: int | None, batch_size: int = 1) -> dict[str, torch.Tensor]:
+    """Inputs of a forward pass, of source and target in encoder-decoders; see [`sample_length`]."""
+    model, config = view.model, view.model.config
+    device = next(model.parameters()).device
+    length = sample_length(view, length)
+    if length is None:
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        dtype = next(model.parameters()).dtype
+        return {
+            "pixel_values": torch.zeros(batch_size, config.num_channels, height, width, device=device, dtype=dtype)
+        }
     # Classification heads of some families look for the end of the sequence.
-    ids = torch.full((1, length), _end_token(config), device=device)
-    sample = {"input_ids": ids}
+    ids = torch.full((batch_size, length), _end_token(config), device=device)
+    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "encoder" in view.stacks and "decoder" in view.stacks:
         sample["decoder_input_ids"] = ids
     return sample

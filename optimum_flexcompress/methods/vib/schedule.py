@@ -13,7 +13,7 @@ STEPS_PER_LEARNING_RATE = 5.0
 """Masks need about this many steps divided by their learning rate: they start nine nats from the threshold, and Adam
 moves mean and log variance by one learning rate per step at most."""
 
-LOOKAHEAD_PER_LEARNING_RATE = 0.3
+LOOKAHEAD_PER_LEARNING_RATE = 0.5
 
 FINAL_RATE = 0.1
 """Factor of the masks' learning rate at the end of the hold."""

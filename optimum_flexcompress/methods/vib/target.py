@@ -10,8 +10,11 @@ from ...config_sizes import width_is_free
 from ...errors import FlexCompressError
 from ...vib_config import KINDS, VIBPruningConfig
 from .cost import macs_cost, parameter_cost
+from .latency import LatencyTable, load_or_measure
+from .latency_cost import PER_MILLISECOND, LatencyCost
 from .layout import MaskLayout
 from .sizes import TOLERANCE, Scores, Selection, choose_sizes, threshold_sizes
+from .timing import Workload, time_forward
 from .uniform import UniformSizes
 
 
@@ -29,13 +32,14 @@ class Target:
     Args:
         config: The config.
         model: The model, without masks.
+        device: The device that trains.
 
     Raises:
         FlexCompressError: The request is not below the size of the model.
         UnsupportedArchitectureError: The family's table does not know all of the model.
     """
 
-    def __init__(self, config: VIBPruningConfig, model: PreTrainedModel):
+    def __init__(self, config: VIBPruningConfig, model: PreTrainedModel, device: torch.device | str = "cpu"):
         view = describe(model)
         self._config = config
         self.layout = MaskLayout.of(view, _kinds(config, model))
@@ -43,6 +47,11 @@ class Target:
         if config.target_macs is not None:
             self.cost = macs_cost(view, self.layout, config.sequence_length)
             self.sparsity = self._sparsity_of_macs(config.target_macs)
+        elif config.target_latency is not None:
+            length, device = config.sequence_length, torch.device(config.latency_device or device)
+            self.workload = Workload.of(view, config.latency_batch_size, length, device)
+            table = load_or_measure(model, self.workload, config.latency_table, "hidden" in self.layout.kinds)
+            self._use_table(table)
         else:
             self.cost = parameter_cost(view, self.layout, config.include_embeddings)
             self.sparsity = float(config.target_sparsity)
@@ -64,6 +73,46 @@ class Target:
                 "give a smaller number, or a share below 1."
             )
         return 1.0 - share
+
+    def _use_table(self, table: LatencyTable) -> None:
+        self.cost = LatencyCost(self.layout, table)
+        self.sparsity = self._sparsity_of_latency(self._config.target_latency)
+
+    def _sparsity_of_latency(self, wanted: float) -> float:
+        dense = self.cost.dense / PER_MILLISECOND
+        if wanted >= dense:
+            raise FlexCompressError(
+                f"target_latency is {wanted:g} ms, the whole model takes {dense:.4g} ms by the table (PyTorch, "
+                f"{self.workload}): give a smaller one."
+            )
+        return 1.0 - wanted / dense
+
+    @property
+    def table(self) -> LatencyTable | None:
+        """The latencies, where the request is about time."""
+        return self.cost.table if isinstance(self.cost, LatencyCost) else None
+
+    @table.setter
+    def table(self, table: LatencyTable) -> None:
+        self._use_table(table)
+        if self._uniform is not None:
+            self._uniform.cost = self.cost
+
+    def milliseconds(self, values: torch.Tensor, model: PreTrainedModel) -> dict[str, float]:
+        """What the table says that a model takes, and what it was measured to take.
+
+        Args:
+            values: Zeros and ones: what of the masks is left, `[size]`.
+            model: The model, without the rest.
+        """
+        kept = (values != 0).cpu()
+        units = [kept[part.start : part.stop].nonzero() if kept[part.gate] else [] for part in self.layout.sublayers]
+        cost = self.cost.exact(int(kept[: self.layout.hidden].sum()), units)
+        return {
+            "latency_dense_ms": self.cost.dense / PER_MILLISECOND,
+            "latency_table_ms": cost / PER_MILLISECOND,
+            "latency_measured_ms": time_forward(model, self.workload),
+        }
 
     def wanted(self, sparsity: float) -> int:
         """The cost that a sparsity leaves."""
@@ -102,12 +151,20 @@ class Target:
         scores = torch.where(self.layout.active(), 1.0, torch.inf)
         for level in [*self.levels, self.sparsity]:
             nearest = self.select(scores, level)
-            if not self.meets(nearest, level):
+            if self.meets(nearest, level):
+                continue
+            if isinstance(self.cost, LatencyCost):
+                wanted, found = (number / PER_MILLISECOND for number in (self.wanted(level), nearest.cost))
                 raise FlexCompressError(
-                    f"A sparsity of {level:.4g} cannot be reached with align={self._config.align} and "
-                    f"prune={self._config.prune}: the nearest is {self.reached(nearest):.4f}; ask for that, or use a "
-                    "smaller align."
+                    f"{wanted:.4g} ms cannot be reached: the nearest that the table of latencies has with "
+                    f"align={self._config.align} and prune={self._config.prune} is {found:.4g} ms (PyTorch, "
+                    f"{self.workload}); ask for that, or use a smaller align."
                 )
+            raise FlexCompressError(
+                f"A sparsity of {level:.4g} cannot be reached with align={self._config.align} and "
+                f"prune={self._config.prune}: the nearest is {self.reached(nearest):.4f}; ask for that, or use a "
+                "smaller align."
+            )
 
 
 def _kinds(config: VIBPruningConfig, model: PreTrainedModel) -> set[str]:

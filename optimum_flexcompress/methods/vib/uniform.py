@@ -58,7 +58,7 @@ class UniformSizes:
     """
 
     def __init__(self, model: PreTrainedModel, cost: Cost, align: int):
-        self._model, self._cost, self._align = model, cost, align
+        self._model, self.cost, self._align = model, cost, align
         self._structure = ModelStructure.of(model)
         if not self._structure.is_uniform:
             raise FlexCompressError(
@@ -89,7 +89,7 @@ class UniformSizes:
         )
 
     def _groups(self, scores: Scores) -> list[_Group]:
-        layout = self._cost.layout
+        layout = self.cost.layout
         architecture = find_architecture(self._model.config.model_type)
         sets: list[tuple[set[str], list[str]]] = []
         for name in layout.depths:
@@ -122,7 +122,7 @@ class UniformSizes:
         return groups
 
     def _candidates(self, scores: Scores, groups: list[_Group], wanted: int) -> Iterator[tuple]:
-        cost = self._cost
+        cost = self.cost
         *others, last = groups
         fixed = int(np.isinf(scores.hidden).sum())
         kept = int((scores.hidden > 0).sum())
@@ -152,8 +152,8 @@ class UniformSizes:
         return sorted({sizes[min(max(i, 0), len(sizes) - 1)] for i in (index - 1, index)})
 
     def _heads_cost(self, group: _Group, count: int, hidden: int) -> int:
-        total = int(self._cost.sublayers(np.array(group.heads), count, hidden).sum())
-        return total + sum(self._cost.buckets.get(stack, 0) * count for stack in group.stacks)
+        total = int(self.cost.sublayers(np.array(group.heads), count, hidden).sum())
+        return total + sum(self.cost.buckets.get(stack, 0) * count for stack in group.stacks)
 
     def _dims_cost(self, group: _Group, count: int, hidden: int) -> int:
         return int(self._all_dims_costs(group, hidden)[group.dim_sizes.index(count)])
@@ -163,7 +163,7 @@ class UniformSizes:
         key = (id(group), hidden)
         if key not in self._dims_costs:
             index, units = np.array(group.dims)[:, None], np.array(group.dim_sizes)[None]
-            self._dims_costs[key] = self._cost.sublayers(index, units, hidden).sum(0)
+            self._dims_costs[key] = self.cost.sublayers(index, units, hidden).sum(0)
         return self._dims_costs[key]
 
     def _is_stock(self, groups: list[_Group], hidden: int, heads: tuple[int, ...], dims: tuple[int, ...]) -> bool:
@@ -180,21 +180,21 @@ class UniformSizes:
     def _selection(
         self, scores: Scores, groups: list[_Group], hidden: int, heads: tuple[int, ...], dims: tuple[int, ...]
     ) -> Selection:
-        layout = self._cost.layout
+        layout = self.cost.layout
         units: list[np.ndarray] = [np.array([])] * len(layout.sublayers)
         for group, head_count, dim_count in zip(groups, heads, dims):
             for index in group.dims:
                 units[index] = leading(scores.units[index], dim_count)
             for index in group.heads:
                 units[index] = leading(self._shared_scores(scores, index), head_count)
-        return Selection(leading(scores.hidden, hidden), units, self._cost.exact(hidden, units))
+        return Selection(leading(scores.hidden, hidden), units, self.cost.exact(hidden, units))
 
     def _shared_scores(self, scores: Scores, index: int) -> np.ndarray:
         """Heads that read one position bias have to be the same ones in all layers of a stack."""
-        part = self._cost.layout.sublayers[index]
+        part = self.cost.layout.sublayers[index]
         if part.head_ids is None:
             return scores.units[index]
-        parts = enumerate(self._cost.layout.sublayers)
+        parts = enumerate(self.cost.layout.sublayers)
         same = [i for i, other in parts if other.stack == part.stack and other.kind == ATTENTION]
         return np.mean([scores.units[i] for i in same], axis=0)
 

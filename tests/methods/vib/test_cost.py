@@ -12,7 +12,7 @@ from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.evaluation.cost import count_macs
 from optimum_flexcompress.methods.vib.cost import macs_cost, parameter_cost
 from optimum_flexcompress.methods.vib.masks import as_masks
-from optimum_flexcompress.methods.vib.probe import _sample
+from optimum_flexcompress.methods.vib.probe import sample_inputs
 from optimum_flexcompress.structure import count_parameters
 from optimum_flexcompress.surgery import select
 from tests.methods.vib.helpers import random_masks
@@ -41,7 +41,7 @@ def test_counts_are_physical(family, name):
         ]
         small = select(copy.deepcopy(model), as_masks(masks.layout, masks.evaluation_values()).kept())
         counted = count_parameters(small)
-        macs = count_macs(small, _sample(view, LENGTH)) - _rotary_products(model)
+        macs = count_macs(small, sample_inputs(view, LENGTH)) - _rotary_products(model)
         expected = [counted["prunable"], counted["prunable"] + counted["embeddings"], macs]
         counts = masks.counts(masks.keep(0.4))
         values = masks.evaluation_values() * 1.0
@@ -63,7 +63,7 @@ def test_dense_costs():
     counted = count_parameters(model)
     assert parameter_cost(view, layout).dense == counted["prunable"]
     assert parameter_cost(view, layout, include_embeddings=True).dense == counted["prunable"] + counted["embeddings"]
-    assert macs_cost(view, layout, LENGTH).dense == count_macs(model, _sample(view, LENGTH))
+    assert macs_cost(view, layout, LENGTH).dense == count_macs(model, sample_inputs(view, LENGTH))
 
 
 def test_size_gradients_are_the_marginal_costs():

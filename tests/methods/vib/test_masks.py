@@ -130,9 +130,9 @@ def test_training_differs_in_the_noise_alone(family, per_token):
     masks = random_masks(model, seed=3)
     layout = masks.layout
     with torch.no_grad():
-        # What is off has to be 0 here: in training it passes on what is left of its mean.
-        masks.mu.copy_(masks.evaluation_values())
         masks.log_variance.fill_(-11.9)
+        # Masks that are off are silent in training too, also noisy ones.
+        masks.log_variance[masks.evaluation_values() == 0] = 3.0
     inputs = inputs_for(model)
     hooks = MaskHooks(masks, 0.4, per_token)
     hooks.attach(model)
@@ -143,6 +143,90 @@ def test_training_differs_in_the_noise_alone(family, per_token):
     masks.sigma = lambda: torch.zeros(layout.size)
     for key, value in outputs_of(model, inputs).items():
         torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-5)
+
+
+def _hooks_on_a_layer(per_token=False):
+    """A model in training, with masks of which some are off, and the projection of its first FFN."""
+    model = build("bert", "BertModel").train()
+    masks = VIBMasks(layout_of(model))
+    part = masks.layout.sublayers[1]
+    with torch.no_grad():
+        masks.mu.copy_(1.0 + 0.3 * torch.randn(masks.mu.shape))
+        masks.log_variance.fill_(math.log(0.05))
+        masks.log_variance[part.start : part.start + 5] = 3.0
+        masks.log_variance[part.gate] = -40.0
+    hooks = MaskHooks(masks, 0.4, per_token)
+    hooks.attach(model)
+    return masks, hooks, part, model.encoder.layer[0].output.dense
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_log_variances_get_the_mean_gradient(per_token):
+    """In a likelihood, where the mean square of a sample's gradient is the second derivative: against draws."""
+    torch.manual_seed(0)
+    masks, hooks, part, _ = _hooks_on_a_layer(per_token)
+    rows, units = 20_000, part.units
+    states = torch.rand(units)
+    like = torch.empty(rows, 1, 1)
+    z = hooks._factors(part.start, part.stop, like)
+    # Labels drawn from what the model says at the means: `-log N(y; z . states, 1)`.
+    label = (masks.evaluation_values()[part.start : part.stop] * states).sum() + torch.randn(rows, 1)
+    loss = 0.5 * ((z * states).sum(-1) - label).square().mean()
+    loss.backward()
+    gradient = masks.log_variance.grad[part.start : part.stop]
+    variance = masks.log_variance.detach()[part.start : part.stop].exp()
+    on = masks.evaluation_values()[part.start : part.stop] != 0
+    spread = 1 + (variance * states.square() * on).sum()  # noise of the other units adds to that of the labels
+    expected = 0.5 * variance * states.square() * spread * on
+    assert not on[:5].any() and on[5:].sum() > 10
+    torch.testing.assert_close(gradient, expected, rtol=0.1, atol=1e-4)
+
+
+def test_batches_of_a_step_and_the_scale_of_the_loss_do_not_matter():
+    torch.manual_seed(0)
+    masks, hooks, part, down = _hooks_on_a_layer()
+    inputs, direction = torch.randn(8, 3, part.units), torch.randn(8, 3, down.out_features)
+
+    def gradients(batches: int, scale: float) -> list[torch.Tensor]:
+        masks.zero_grad()
+        torch.manual_seed(1)
+        noise = torch.randn(8, 1, part.units)
+        draws = iter(noise.chunk(batches))
+        hooks.batches, hooks.loss_scale = batches, scale
+        for states, target in zip(inputs.chunk(batches), direction.chunk(batches)):
+            hooks._applied = None
+            with pytest.MonkeyPatch.context() as patch:
+                # The noise of everything else is nil.
+                drawn = lambda *shape, **_: next(draws) if shape[-1] == part.units else torch.zeros(shape)  # noqa: E731
+                patch.setattr(torch, "randn", drawn)
+                loss = (down(states) * target).sum((1, 2)).mean() / batches
+            (scale * loss).backward()
+        return [parameter.grad / scale for parameter in (masks.mu, masks.log_variance)]
+
+    whole = gradients(1, 1.0)
+    assert whole[1][part.start : part.stop].abs().max() > 0
+    for batches, scale in ((4, 1.0), (2, 1024.0)):
+        for expected, found in zip(whole, gradients(batches, scale)):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_one_draw_for_the_residual_stream():
+    model = build("bert", "BertModel").train()
+    _without_dropout(model)
+    masks = VIBMasks(layout_of(model))
+    with torch.no_grad():
+        masks.log_variance.fill_(math.log(0.25))
+    hooks = MaskHooks(masks, 0.4, per_token=False)
+    hooks.attach(model)
+    seen = []
+    for module in (model.encoder.layer[0].output.dense, model.encoder.layer[1].output.dense):
+        module.register_forward_hook(lambda module, args, output: seen.append(output / nn_linear(module, args[0])))
+    model(**inputs_for(model))
+    torch.testing.assert_close(seen[0][:, 0], seen[1][:, 0], rtol=1e-3, atol=1e-3)
+
+
+def nn_linear(module, states):
+    return torch.nn.functional.linear(states, module.weight, module.bias)
 
 
 def _without_dropout(model):
