@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Applied:
         keep: Indicator of what is kept, with its gradient in training, `[size]`.
         hidden: That of the dims of the residual stream, without a gradient, `[hidden size]`.
         counts: What is left of every sub-layer, without a gradient.
-        drawn: Noisy masks of the residual stream by the shape of what they were drawn for.
+        drawn: Noisy masks of the residual stream for the sequences of the batch, once they are drawn.
     """
 
     values: torch.Tensor
@@ -34,7 +34,7 @@ class Applied:
     keep: torch.Tensor
     hidden: torch.Tensor
     counts: Counts
-    drawn: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    drawn: torch.Tensor | None = None
 
 
 class _NoisyMask(torch.autograd.Function):
@@ -183,11 +183,14 @@ class MaskHooks:
         return hook
 
     def _scale_hidden(self, _module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
-        # One mask, and so one draw, wherever the stream is written to.
-        drawn, shape = self.applied.drawn, tuple(output.shape[:-1])
-        if shape not in drawn:
-            drawn[shape] = self._factors(0, self.masks.layout.hidden, output)
-        return output * drawn[shape].to(output.dtype)
+        applied, factors = self.applied, self.applied.drawn
+        # One mask, and so one draw for a sequence, wherever the stream is written to: here by embeddings of positions
+        # too, which all sequences share. Tokens differ in number between the places.
+        if factors is None or output.shape[0] not in (1, factors.shape[0]):
+            factors = self._factors(0, self.masks.layout.hidden, output)
+            if applied.sigma is not None and not self.per_token:
+                applied.drawn = factors
+        return output * factors.to(output.dtype)
 
     def _keep_hidden(self, _module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output * self._hidden_indicator().to(output.dtype)
