@@ -63,28 +63,25 @@ class SizeConstraint(nn.Module):
 
 
 @torch.no_grad()
-def movable(
-    scores: torch.Tensor, keep: torch.Tensor, marginal: torch.Tensor, gap: torch.Tensor, fine: bool = False
-) -> torch.Tensor:
+def movable(scores: torch.Tensor, keep: torch.Tensor, marginal: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
     """Which masks the constraint may move: those nearest to the threshold that suffice to close the gap.
 
     Masks start with equal scores. If the constraint pushed all of them, they would cross the threshold together, far
     beyond the target, and swing back. Of those that are pushed the important ones resist and make room for others.
+    Masks that would only turn the gap around are left out: a whole sub-layer goes once enough of it is gone.
 
     Args:
         scores: Above 0 where a mask is on, `[size]`.
         keep: The same as zeros and ones.
         marginal: What each mask adds to the size, `[size]`.
         gap: How much is to go, or to come back where it is negative; a scalar.
-        fine: Leave out masks that would only turn the gap around.
 
     Returns:
         Zeros and ones, `[size]`.
     """
     side = torch.where(gap > 0, keep, 1 - keep)
+    side = side * (marginal <= 2 * gap.abs())
     order = torch.where(side > 0, scores.abs(), torch.inf).argsort()
     amounts = (marginal * side)[order]
     within = amounts.cumsum(0) - amounts < gap.abs()
-    if fine:
-        within &= amounts <= 2 * gap.abs()
     return torch.zeros_like(side).scatter(0, order, within.to(side.dtype)) * side

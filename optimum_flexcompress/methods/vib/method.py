@@ -191,10 +191,9 @@ class VIBPruningMethod(CompressionMethod):
         sparsity = self._sparsity(hard)
         (marginal,) = torch.autograd.grad(sparsity, hard)
         hard = hard.detach()
-        holds = self._schedule.holds(step)
-        if holds:
+        if self._schedule.holds(step):
             self.modules["constraint"].note(sparsity, target)
-        chosen = movable(masks.scores(), hard, -marginal, target - sparsity.detach(), fine=holds)
+        chosen = movable(masks.scores(), hard, -marginal, target - sparsity.detach())
         moved = self._sparsity(hard + chosen * (keep - hard))
         due = (self._schedule.sparsity(step) + target) / 2
         return self.modules["constraint"](moved, target, due)
