@@ -59,7 +59,8 @@ class VIBPruningConfig(MethodConfig):
         hold_fraction: Share of the steps of the hold; in mode `faster` the hold has all the rest.
         save_at_sparsities: On its way the run halts at each of these and writes the pruned, not fine-tuned model to
             `sparsity-<value>` below the output folder. They lie below the target.
-        mask_learning_rate: Learning rate of the masks; constant up to the end of the ramp, then falling to a tenth.
+        mask_learning_rate: Learning rate of the masks, constant up to the end of the ramp, then falling to a tenth; the
+            log variances learn at four times that, the means at a tenth.
         multiplier_learning_rate: Learning rate of the ascent of the constraint's multiplier, on the scale of its
             `arsinh`.
         multiplier_bound: Bound of the multiplier.

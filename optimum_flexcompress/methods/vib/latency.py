@@ -112,9 +112,19 @@ class LatencyTable:
             ) from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the table, to be used here or for a run on another machine."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, self.to_json())
+        """Writes the table, to be used here or for a run on another machine.
+
+        Raises:
+            FlexCompressError: It cannot be written there.
+        """
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(path, self.to_json())
+        except OSError as error:
+            raise FlexCompressError(
+                f"The table of latencies cannot be written to {path} ({error.strerror}): set latency_table to a file "
+                "that can."
+            ) from None
 
 
 def load_or_measure(
@@ -133,19 +143,30 @@ def load_or_measure(
         FlexCompressError: The file is for another model or workload.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    found = [None]
+    found: list[LatencyTable | FlexCompressError | None] = [None]
     if not distributed or torch.distributed.get_rank() == 0:
         file = Path(path) if path is not None else _cache_file(model, workload, vary_width)
-        if file.exists():
-            table = LatencyTable.load(file)
-            _check(table, model, workload, file, vary_width)
-        else:
-            table = LatencyTable.measure(model, workload, vary_width)
-            table.save(file)
-        found = [table]
+        try:
+            found = [_load_or_measure(model, workload, file, vary_width)]
+        except FlexCompressError as error:
+            # The other processes wait for an answer.
+            found = [error]
     if distributed:
         torch.distributed.broadcast_object_list(found)
-    return found[0]
+    (table,) = found
+    if isinstance(table, FlexCompressError):
+        raise table
+    return table
+
+
+def _load_or_measure(model: PreTrainedModel, workload: Workload, file: Path, vary_width: bool) -> LatencyTable:
+    if file.exists():
+        table = LatencyTable.load(file)
+        _check(table, model, workload, file, vary_width)
+        return table
+    table = LatencyTable.measure(model, workload, vary_width)
+    table.save(file)
+    return table
 
 
 def _check(table: LatencyTable, model: PreTrainedModel, workload: Workload, file: Path, vary_width: bool) -> None:

@@ -10,8 +10,8 @@ from ...vib_config import VIBPruningConfig
 
 
 STEPS_PER_LEARNING_RATE = 5.0
-"""Masks need about this many steps divided by their learning rate: they start nine nats from the threshold, and Adam
-moves mean and log variance by one learning rate per step at most."""
+"""Masks need about this many steps divided by their learning rate: they start nine nats from the threshold, Adam moves
+a log variance by four learning rates per step at most, and they do not all go at once."""
 
 LOOKAHEAD_PER_LEARNING_RATE = 0.5
 

@@ -249,6 +249,8 @@ def test_what_cannot_be_asked_for(tmp_path):
         build(target_latency=0.5, sequence_length=8)
     with pytest.raises(FlexCompressError, match="those of another model"):
         build(model_of("bert", layers=3, hidden=32, heads=4), target_latency=0.5)
+    with pytest.raises(FlexCompressError, match=r"cannot be written to .* set latency_table"):
+        table.save(path / "below-a-file.json")
     path.write_text("{}")
     with pytest.raises(FlexCompressError, match="no table of latencies.*remove it"):
         build(target_latency=0.5)
