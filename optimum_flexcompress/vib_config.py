@@ -53,7 +53,9 @@ class VIBPruningConfig(MethodConfig):
             what they were.
         uniform: Every layer gets the same sizes and keeps all its sub-layers, such that a stock configuration can
             express the result, which then loads without this package.
-        prune: Which structures have masks: `hidden`, `heads`, `ffn`, `sublayers`.
+        prune: Which structures have masks: `hidden`, `heads`, `ffn`, `sublayers`. A sub-layer of which all heads or
+            dims go is gone without the last, too. A mask on the whole of it takes what it has of worth with the rest,
+            which costs accuracy; it is for targets where being there has a price of its own, such as latency.
         warmup_fraction: Share of the steps of the warm-up.
         ramp_fraction: Share of the steps of the ramp.
         hold_fraction: Share of the steps of the hold; in mode `faster` the hold has all the rest.
@@ -88,7 +90,7 @@ class VIBPruningConfig(MethodConfig):
     lora: dict[str, Any] = field(default_factory=dict)
     align: int = 8
     uniform: bool = False
-    prune: list[str] = field(default_factory=lambda: list(KINDS))
+    prune: list[str] = field(default_factory=lambda: ["hidden", "heads", "ffn"])
     warmup_fraction: float = 0.05
     ramp_fraction: float = 0.4
     hold_fraction: float = 0.15

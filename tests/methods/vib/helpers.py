@@ -37,6 +37,7 @@ def config_of(**settings) -> VIBPruningConfig:
     return VIBPruningConfig(
         **{
             "target_sparsity": 0.5,
+            "prune": list(KINDS),
             "align": 1,
             "mask_learning_rate": 0.2,
             "warmup_fraction": 0.0,

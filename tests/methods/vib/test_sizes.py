@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertModel
 
-from optimum_flexcompress import ModelStructure
+from optimum_flexcompress import ModelStructure, VIBPruningConfig
 from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.methods.vib.cost import macs_cost, parameter_cost
@@ -169,3 +169,16 @@ def test_models_of_unlike_layers_cannot_become_uniform():
     select(model, as_masks(layout, values).kept())
     with pytest.raises(FlexCompressError, match="layers are all alike"):
         Target(config_of(uniform=True), model)
+
+
+def test_a_sublayer_without_units_goes_without_a_mask_of_its_own():
+    model = build("bert", "BertModel")
+    layout = layout_of(model, VIBPruningConfig(target_sparsity=0.5).prune)
+    cost = parameter_cost(describe(model), layout)
+    assert not layout.active()[layout.gates].any()
+    scores = torch.where(layout.active(), 1.0, torch.inf)
+    gone = layout.sublayers[-1]
+    scores[gone.start : gone.stop] = -1.0
+    split = Scores.of(layout, scores)
+    selection = threshold_sizes(cost, split, 1)
+    assert [len(units) for units in selection.units] == [*(part.units for part in layout.sublayers[:-1]), 0]
