@@ -115,13 +115,14 @@ def test_nothing_is_timed_beside_threads_of_the_one_before(clock):
 
 def test_ratios_of_known_times():
     timings = measure_side_by_side(
-        {"slow": lambda: time.sleep(0.012), "fast": lambda: time.sleep(0.004)},
-        rounds=5,
-        min_sample_seconds=0.004,
+        {"slow": lambda: time.sleep(0.09), "fast": lambda: time.sleep(0.03)},
+        rounds=3,
+        min_sample_seconds=0.03,
         progress=False,
     )
-    assert timings["fast"].median == pytest.approx(0.004, rel=0.5)
-    assert timings["fast"].speedup_over(timings["slow"]) == pytest.approx(3, rel=0.4)
+    # Sleeping takes as long as was asked, and longer on a busy machine.
+    assert timings["fast"].median >= 0.03
+    assert 1.5 < timings["fast"].speedup_over(timings["slow"]) <= 3.2
     assert timings["slow"].speedup_over(timings["slow"]) == 1.0
 
 
