@@ -149,7 +149,7 @@ def parse() -> argparse.Namespace:
 if __name__ == "__main__":
     given = parse()
     vocabulary = Words(given.data, given.rows, given.test_rows if given.test_rows is not None else TEST_ROWS)
-    letters = padded([spelled for spelled, _ in vocabulary.test[:1]], PAD)
+    letters = padded([spelled for spelled, _ in vocabulary.test[:32]], PAD)
     modular_pipeline.main(
         NAME,
         given,
@@ -160,7 +160,7 @@ if __name__ == "__main__":
             partial(score, vocabulary),
             {"PER %": 2, "WER %": 2},
             lower_is_better=True,
-            example={"input_ids": letters, "attention_mask": torch.ones_like(letters)},
+            example={"input_ids": letters, "attention_mask": letters.ne(PAD).long()},
             new_tokens=NEW_TOKENS,
         ),
         {"width": given.width, "layers": LAYERS},

@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
 if __name__ == "__main__":
     given = parse()
     pairs = Pairs(given.data, SIZES[given.size][3], given.rows, given.test_rows)
-    sentence = padded(pairs.sources[:1], PAD)
+    sentences = padded(pairs.sources[:32], PAD)
     modular_pipeline.main(
         NAME,
         given,
@@ -146,7 +146,7 @@ if __name__ == "__main__":
             partial(score, pairs),
             {"BLEU": 2},
             lower_is_better=False,
-            example={"input_ids": sentence, "attention_mask": torch.ones_like(sentence)},
+            example={"input_ids": sentences, "attention_mask": sentences.ne(PAD).long()},
             new_tokens=NEW_TOKENS,
         ),
         {"size": given.size, "width": SIZES[given.size][0], "layers": LAYERS},

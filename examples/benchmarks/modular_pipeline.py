@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from cells import Cells
-from modular_latency import TARGET, generation_latency, latency_table
+from modular_latency import TARGET, TITLE, generation_latency, latency_table
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -80,7 +80,7 @@ class Task:
         score: Metrics of a model on the test set.
         metrics: The metrics to show, with their digits; the first one decides.
         lower_is_better: Its direction.
-        example: `input_ids` and `attention_mask` of the input whose generation is timed.
+        example: `input_ids` and `attention_mask` of inputs, a batch of which is timed.
         new_tokens: Tokens that are generated then.
     """
 
@@ -308,11 +308,10 @@ def main(name: str, options: argparse.Namespace, task: Task, facts: dict[str, An
     if latency is None:
         empty.append(f"python examples/benchmarks/{name}.py --data DIR --parts latency")
     else:
-        shape = "x".join(map(str, latency["batch"]))
-        print(f"\nGeneration of {latency['new_tokens']} tokens from an input of {shape}")
+        print(f"\nGeneration of {latency['new_tokens']} tokens from inputs of {latency['input']}")
         print(text_table(*latency_table(latency)))
-        speedup = latency["runs"]["PyTorch fp32, greedy"]["size-first 6"]["speedup"]
-        print(f"6x in PyTorch fp32, greedy: {speedup:.2f}x (at least {TARGET} wanted)")
+        speedup = latency["runs"][TITLE]["size-first 6"]["speedup"]
+        print(f"6x, {TITLE}: {speedup:.2f}x (at least {TARGET} wanted)")
     for command in empty:
         print(f"  empty: {command}")
 
@@ -409,7 +408,7 @@ def draw(plan: Plan, folder: Path, name: str) -> None:
                 lines.setdefault(f"{TITLES[method]}, shared steps", []).append((ratio, cell[metric]))
     panels = {metric: lines}
     for title, run_of in latency["runs"].items() if latency else ():
-        if "greedy" in title:
+        if title.endswith("greedy, batch 32"):
             panels[f"milliseconds, {title}"] = {
                 f"modular, {s}": [
                     (1.0, run_of["full"]["milliseconds"]),

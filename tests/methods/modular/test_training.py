@@ -393,3 +393,15 @@ def test_models_and_methods_that_do_not_go_together(tmp_path):
     gpt2.config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(FlexCompressError, match="scales attention by the number of its layer"):
         train(tmp_path, gpt2, data_of("gpt2"), CONFIG)
+
+
+def test_memory_grows_by_the_modules_alone(tmp_path):
+    """No second model, no optimizer state for originals: of four layers three more with granularities 2 and 4."""
+    model = toy("t5")
+    layers = [weights(layer.module) for stack in describe(model).stacks.values() for layer in stack.layers[1:2]]
+    trainer = train(tmp_path, model, data_of("t5"), CONFIG, max_steps=4)
+    modules = list(method_of(trainer).modules.parameters())
+    assert sum(p.numel() for p in modules) == 3 * sum(value.numel() for layer in layers for value in layer.values())
+    assert {id(p) for p in trainer.optimizer.state} <= {id(p) for p in modules}
+    assert len(trainer.optimizer.state) > 0
+    assert method_of(trainer)._teacher.model is model
