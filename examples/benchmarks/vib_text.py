@@ -62,11 +62,13 @@ class Plan:
     Args:
         cells: Where they are kept.
         setting: What they share.
+        rates: The learning rates that are tried; one is taken as it is.
     """
 
-    def __init__(self, cells: Cells, setting: Setting):
+    def __init__(self, cells: Cells, setting: Setting, rates: list[float]):
         self.cells = cells
         self.setting = setting
+        self.rates = rates
         self._benches: dict[str, Bench] = {}
 
     def bench(self, data: str) -> Bench:
@@ -109,14 +111,18 @@ class Plan:
         return {**self.cells.run(name, run), "rate": rate}
 
     def rate(self, method: str) -> float:
-        """The best of the three learning rates, by the held-out part of Banking77."""
-        found = {rate: self.compressed("banking77", method, CHOSEN_AT, 0, rate)["held_out"] for rate in RATES}
+        """The best of the learning rates, by the held-out part of Banking77."""
+        if len(self.rates) == 1:
+            return self.rates[0]
+        found = {rate: self.compressed("banking77", method, CHOSEN_AT, 0, rate)["held_out"] for rate in self.rates}
         return max(found, key=found.get)
 
     def known_rate(self, method: str) -> float | None:
         """The same, or `None` as long as one of the trials is missing."""
+        if len(self.rates) == 1:
+            return self.rates[0]
         found = {}
-        for rate in RATES:
+        for rate in self.rates:
             cell = self.cells.get(self.name("banking77", method, CHOSEN_AT, rate, 0))
             if cell is None:
                 return None
@@ -244,6 +250,9 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--sparsity", nargs="+", type=float, choices=LEVELS, default=list(LEVELS))
     parser.add_argument("--seed", nargs="+", type=int, help="0 1 2 for Banking77, 0 for SST-2 by default")
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=list(RATES), help="learning rates to try; one: no trial"
+    )
     parser.add_argument("--sst2", type=Path, help="folder of SST-2")
     parser.add_argument("--work", type=Path, default=Path("runs/vib_text"))
     parser.add_argument("--steps", type=int, default=1000, help="of a compression, mask steps included")
@@ -261,7 +270,7 @@ def main() -> None:
         options.steps, round(0.6 * options.steps), options.bf16, options.rows, options.model or demo_model(), sources
     )
     shared = {key: value for key, value in asdict(setting).items() if key not in ("source", "sources")}
-    plan = Plan(Cells(options.work, shared, options.threads), setting)
+    plan = Plan(Cells(options.work, shared, options.threads), setting, options.rates)
     print(describe_environment(environment_info(options.threads)))
     if not options.show:
         if "sst2" in options.data and "compare" in options.parts and options.sst2 is None:
