@@ -194,7 +194,8 @@ def mask_norm(module: nn.Module, keep: torch.Tensor | Callable[[], torch.Tensor]
 
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         mask = (keep() if callable(keep) else keep).to(hidden_states.device, torch.float32)
-        count = mask.sum()
+        # Masks that learn may turn off every dim for a while.
+        count = mask.sum().clamp_min(1.0)
         states = hidden_states.float() * mask
         if centred:
             states = (states - states.sum(-1, keepdim=True) / count) * mask

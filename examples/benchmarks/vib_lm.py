@@ -73,7 +73,7 @@ STORIES = 4096
 
 def distillation() -> DistillationConfig:
     """The losses that both methods share."""
-    return DistillationConfig(logits_weight=1.0, temperature=2.0, hidden_states_weight=1.0, task_loss_weight=1.0)
+    return DistillationConfig(temperature=2.0, hidden_states_weight=1.0, layer_map="ordered")
 
 
 class Bench:

@@ -43,7 +43,9 @@ def _method_fields() -> list[tuple[str, Any, dataclasses.Field]]:
 class _StageSettings(TrainingSettings):
     model: str = "finetune"
     teacher: str | None = None
-    methods: dict[str, Any] = field(default_factory=lambda: {"distillation": {"hidden_states_weight": 1.0}})
+    methods: dict[str, Any] = field(
+        default_factory=lambda: {"distillation": {"hidden_states_weight": 1.0, "layer_map": "ordered"}}
+    )
     probe_samples: int = 128
 
     def __post_init__(self):

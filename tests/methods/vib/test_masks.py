@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from optimum_flexcompress.masking import fold, masked
+from optimum_flexcompress.masking import fold, mask_norm, masked
 from optimum_flexcompress.methods.vib.hooks import MaskHooks
 from optimum_flexcompress.methods.vib.masks import EPSILON, VIBMasks, as_masks
 from optimum_flexcompress.surgery import select
@@ -257,3 +258,14 @@ def test_noise_is_drawn_per_sequence_or_token(per_token):
     assert (states[0] != states[1]).all()
     # A unit's own noise and that of its sub-layer, both with a standard deviation of 0.5.
     assert 0.4 < states.std() < 1.0
+
+
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm(4), LlamaRMSNorm(4)])
+def test_a_norm_over_no_dims_at_all_is_nothing_not_nan(norm):
+    """Masks that learn may turn off the whole residual stream for a step."""
+    keep, states = torch.zeros(4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+    handle = mask_norm(norm, lambda: keep)
+    output = norm(states)
+    output.sum().backward()
+    handle.remove()
+    assert (output == 0).all() and torch.isfinite(states.grad).all() and torch.isfinite(keep.grad).all()
