@@ -37,7 +37,7 @@ class SizeConstraint(nn.Module):
         return torch.sinh(self.raw[0])
 
     def forward(self, sparsity: torch.Tensor, target: float, due: float | None = None) -> torch.Tensor:
-        """The term of the loss, which masks descend and the multiplier ascends.
+        """The term of the loss, which masks descend and the multiplier ascends; its value is `|s - t|`.
 
         Args:
             sparsity: What the masks leave out, with its gradient.
@@ -48,8 +48,9 @@ class SizeConstraint(nn.Module):
         reached = sparsity.detach()
         late = torch.maximum((target if due is None else due) - reached, reached - target)
         drive = ((late - self.band) / self.band).clamp(-1.0, 1.0)
-        ascent = self.raw[0] * drive
-        return self.multiplier.detach() * gap + (ascent - ascent.detach())
+        # The logs show the gap: how hard the constraint pushes would drown the losses of the task.
+        push = self.multiplier.detach() * gap + self.raw[0] * drive
+        return gap.detach() + (push - push.detach())
 
     @torch.no_grad()
     def note(self, sparsity: torch.Tensor, target: float) -> None:

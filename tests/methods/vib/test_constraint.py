@@ -93,7 +93,9 @@ def test_the_multiplier_ascends_outside_the_band_and_stays_in_bounds():
     with torch.no_grad():
         constraint.raw.fill_(1.0)
     sparsity.grad = None
-    constraint(sparsity, 0.5).backward()
+    term = constraint(sparsity, 0.5)
+    term.backward()
+    assert term.item() == pytest.approx(0.3)
     torch.testing.assert_close(sparsity.grad, -torch.sinh(torch.tensor(1.0)))
     constraint.raw.grad = None
     constraint(sparsity, 0.2).backward()
