@@ -40,7 +40,8 @@ class VIBPruningConfig(MethodConfig):
             measured on another machine.
         include_embeddings: Whether sparsity also counts the parameters of the embeddings.
         sequence_length: Tokens of a sample (of source and target each in encoder-decoders) for counting MACs or
-            for timing; `None` takes 128, or what the model can take where that is less. Images have the length that they have.
+            for timing; `None` takes 128, or what the model can take where that is less. Images have the length that
+            they have.
         mode: `vtrans` trains weights and masks on all data; `fast` the same on `data_fraction` of the data, repeated
             for at least `min_steps` steps; `faster` trains masks only, with the weights frozen, also on
             `data_fraction` of the data, and without fine-tuning unless there is a `recovery`.
@@ -60,9 +61,9 @@ class VIBPruningConfig(MethodConfig):
         ramp_fraction: Share of the steps of the ramp.
         hold_fraction: Share of the steps of the hold; in mode `faster` the hold has all the rest.
         save_at_sparsities: On its way the run halts at each of these and writes the pruned, not fine-tuned model to
-            `sparsity-<value>` below the output folder. They lie below the target.
-        mask_learning_rate: Learning rate of the masks, constant up to the end of the ramp, then falling to a tenth; the
-            log variances learn at four times that, the means at a tenth.
+            `sparsity-<value>` below the output folder. They lie below the target, and count what it counts.
+        mask_learning_rate: Learning rate of the masks, constant up to the end of the ramp, then falling to a tenth;
+            the log variances learn at four times that, the means at a tenth.
         multiplier_learning_rate: Learning rate of the ascent of the constraint's multiplier, on the scale of its
             `arsinh`.
         multiplier_bound: Bound of the multiplier.
