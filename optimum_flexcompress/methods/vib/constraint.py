@@ -14,9 +14,10 @@ class SizeConstraint(nn.Module):
     The published Lagrangian is `lambda_1 (s - t) + lambda_2 (s - t)^2`. On toys of known importances its multipliers
     wind up while the masks are on their way to the threshold, and then push in the wrong direction for as long again:
     the size swings around the ramp. With the absolute value the direction is always right, and the multiplier need
-    only be as large as the resistance of the task, which it finds: it grows while s lags behind the ramp or is beyond its
-    target by more than a band, and falls else. The gradients of the task differ by orders of magnitude between models while Adam ascends by the
-    same step everywhere, hence `lambda = sinh(raw)`: a step changes a large multiplier by a share of itself.
+    only be as large as the resistance of the task, which it finds: it grows while s lags behind the ramp or is beyond
+    its target by more than a band, and falls else. The gradients of the task differ by orders of magnitude between
+    models while Adam ascends by the same step everywhere, hence `lambda = sinh(raw)`: a step changes a large
+    multiplier by a share of itself.
 
     Attributes:
         raw: `arsinh` of the multiplier, which starts at 0.
