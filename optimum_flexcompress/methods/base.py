@@ -192,6 +192,16 @@ class CompressionMethod:
     def validate(self, context: PrepareContext) -> None:
         """Raises [`FlexCompressError`] for what can be known to fail before training starts."""
 
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether it compares student and teacher token by token inside their layers, where none may be missing."""
+        return False
+
+    @property
+    def drops_tokens(self) -> bool | None:
+        """Whether layers drop tokens in the full pass; `None` where the method leaves that to the model."""
+        return None
+
     def prepare(self, context: PrepareContext) -> None:
         """Sets `needs` and `modules`, and changes the model where the method asks for it.
 

@@ -19,9 +19,10 @@ from transformers.utils import ModelOutput
 
 from ..configuration import FlexCompressConfig
 from ..errors import FlexCompressError
+from ..token_dropping import lengths_of
 from .base import FULL_PASS, LossTerm, Needs, PrepareContext, Step, create_method
 from .capture import Capture, eager_attention
-from .teacher import Teacher, check_teacher
+from .teacher import Teacher, check_teacher, unwrap_peft
 
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,17 @@ class MethodRunner:
             check_teacher(context.model, context.teacher, student_tokenizer, teacher_tokenizer)
         for method in self.methods:
             method.validate(context)
+        self._check_tokens(context)
+
+    def _check_tokens(self, context: PrepareContext) -> None:
+        comparing = [method.config.method_type for method in self.methods if method.compares_tokens]
+        answers = [method.drops_tokens for method in self.methods if method.drops_tokens is not None]
+        if comparing and (any(answers) if answers else lengths_of(unwrap_peft(context.model)) is not None):
+            raise FlexCompressError(
+                f"{comparing[0]} compares the student's layers with the teacher's token by token, and a fixed length "
+                "configuration drops tokens on the way: distil first and set the lengths afterwards, or distil logits "
+                "alone."
+            )
 
     def prepare(self, context: PrepareContext, label_names: list[str]) -> None:
         """Prepares the methods for a model; does nothing where they already are."""

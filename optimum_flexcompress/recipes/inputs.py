@@ -12,7 +12,7 @@ from .stages import DataSettings
 
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedModel
 
     from ..tasks import Task
@@ -31,13 +31,22 @@ class Inputs:
         data: The splits, cut down as the recipe asks.
         label_names: The class names of the whole data set, which a small part of it may not show; None where the task
             has no classes.
+        held_out: Examples that no stage trains on; None where none were asked for.
     """
 
     data: DatasetDict
     label_names: list[str] | None
+    held_out: Dataset | None = None
 
 
-def open_data(task: Task, dataset: str, settings: DataSettings, seed: int, say: Callable[[str], None]) -> Inputs:
+def open_data(
+    task: Task,
+    dataset: str,
+    settings: DataSettings,
+    seed: int,
+    say: Callable[[str], None],
+    held_out: int = 0,
+) -> Inputs:
     """Loads the data set, cut down as the recipe asks.
 
     Args:
@@ -46,6 +55,8 @@ def open_data(task: Task, dataset: str, settings: DataSettings, seed: int, say: 
         settings: The recipe's `data` group.
         seed: Decides which examples are taken.
         say: Receives a line when a part of the training data is held out.
+        held_out: How many examples no stage is to train on. They come from the validation split where there is a test
+            split beside it, else from the training split, of which they are a fifth at most.
 
     Returns:
         The data, with a split beside `train` to evaluate on where there is a training split.
@@ -66,9 +77,39 @@ def open_data(task: Task, dataset: str, settings: DataSettings, seed: int, say: 
         parts = data["train"].train_test_split(test_size=settings.test_fraction, seed=seed)
         data = DatasetDict({"train": parts["train"], "test": parts["test"]})
         say(f"{dataset} has no split to evaluate on: {len(data['test'])} of its examples are held out for it")
+    apart = None
+    if held_out:
+        data["train"], apart = _hold_out(data, dataset, held_out, settings.max_train_samples, seed, say)
     limits = {"train": settings.max_train_samples}
     cut = {name: take(split, limits.get(name, settings.max_eval_samples), seed) for name, split in data.items()}
-    return Inputs(data=DatasetDict(cut), label_names=names)
+    return Inputs(data=DatasetDict(cut), label_names=names, held_out=apart)
+
+
+def _hold_out(
+    data: DatasetDict, dataset: str, samples: int, max_train: int | None, seed: int, say: Callable[[str], None]
+) -> tuple[Dataset, Dataset]:
+    """The training split without the examples that are held out, and these."""
+    from ..data import take
+    from ..search import hold_out
+
+    if "train" not in data:
+        raise FlexCompressError(
+            f"{dataset} has no training split, of which the recipe holds out examples to search on: give a data set "
+            "with one."
+        )
+    train = data["train"]
+    if {"validation", "test"} <= data.keys():
+        return train, take(data["validation"], samples, seed)
+    if max_train is not None:
+        # Those held out come on top of those trained on, where there are enough.
+        train = take(train, max_train + samples, seed)
+    count = min(samples, len(train) // 5)
+    if not count:
+        raise FlexCompressError(
+            f"{dataset} has {len(train)} training examples, too few to hold some out for the search: give more."
+        )
+    say(f"{count} of the {len(train)} training examples are held out: no stage trains on them")
+    return hold_out(train, count, seed)
 
 
 def _label_names(data: DatasetDict, columns: dict[str, str]) -> list[str] | None:

@@ -86,7 +86,7 @@ def run_recipe(
             f"or add --overwrite to replace it."
         )
     the_task = get_task(task)
-    inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say)
+    inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say, held_out=recipe.held_out)
     models = {INPUT: check_model_and_data(the_task, model, inputs, recipe.data)}
     for spec in recipe.stages:
         try:
@@ -108,6 +108,7 @@ def run_recipe(
             output=Path(),
             scratch=Path(),
             say=say,
+            held_out=inputs.held_out,
         ),
         dataset_digest=fingerprint(dataset),
         ids={INPUT: fingerprint(model)},
@@ -214,6 +215,8 @@ class _Run:
                 "task": self.context.task.name,
                 "dataset": self.dataset_digest,
                 "inputs": {name: self.ids[name] for name in spec.stage.inputs()},
+                # They are missing from the examples to train on.
+                **({"held_out": self.recipe.held_out} if self.recipe.held_out else {}),
             }
         )
 

@@ -25,7 +25,7 @@ from typing import Any
 from ..errors import FlexCompressError, nearest
 from .document import Document, dotted, parse_document, parse_value
 from .settings import build_settings
-from .stages import INPUT, DataSettings, StageSpec, stage_class
+from .stages import INPUT, DataSettings, Stage, StageSpec, stage_class
 
 
 _FOLDER = Path(__file__).parent
@@ -50,6 +50,11 @@ class Recipe:
     seed: int
     data: DataSettings
     stages: list[StageSpec]
+
+    @property
+    def held_out(self) -> int:
+        """How many examples its stages want that none of them trains on."""
+        return max(spec.stage.held_out() for spec in self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, those left at their defaults too."""
@@ -138,7 +143,7 @@ def _build(document: Document, name: str) -> Recipe:
         raise FlexCompressError(f"{document.place(('seed',))}: seed must be a whole number from 0 to 2**32 - 1.")
     specs: list[StageSpec] = []
     for stage_name, settings in values["stages"].items():
-        specs.append(_build_stage(stage_name, settings, document, [spec.name for spec in specs]))
+        specs.append(_build_stage(stage_name, settings, document, {spec.name: spec.stage for spec in specs}))
     return Recipe(
         name=name,
         description=" ".join(str(values.get("description", "")).split()),
@@ -148,7 +153,7 @@ def _build(document: Document, name: str) -> Recipe:
     )
 
 
-def _build_stage(name: str, settings: Any, document: Document, above: list[str]) -> StageSpec:
+def _build_stage(name: str, settings: Any, document: Document, above: dict[str, Stage]) -> StageSpec:
     path = ("stages", name)
     place = document.place(path)
     if not _STAGE_NAME.fullmatch(name) or name == INPUT:
@@ -172,6 +177,12 @@ def _build_stage(name: str, settings: Any, document: Document, above: list[str])
             raise FlexCompressError(
                 f'{document.place((*path, setting))}: {dotted(path)} reads "{needed}", which is no stage above it.{nearest(needed, [INPUT, *above])}'
             )
+    try:
+        stage.check_sources(above)
+    except FlexCompressError as error:
+        # Such a message starts with the name of the setting it is about.
+        setting = str(error).partition(" ")[0]
+        raise FlexCompressError(f"{document.place((*path, setting))}: {dotted(path)}: {error}") from error
     return StageSpec(name=name, type=str(type_name), stage=stage, resolved=dataclasses.asdict(stage.settings))
 
 

@@ -29,6 +29,8 @@ from .fingerprint import file_sizes
 
 MANIFEST = "stage.json"
 RUN_FILE = "run.json"
+# What a stage that was interrupted can go on from, in its scratch folder: a checkpoint, the scores of a search.
+PROGRESS = ("checkpoint-*/trainer_state.json", "search/search.db")
 _FORMAT = 1
 
 
@@ -107,11 +109,9 @@ class Workspace:
                 path.unlink()
 
     def _remove_if_worthless(self) -> None:
-        """Leaves nothing behind when neither a stage nor a checkpoint was completed."""
-        kept = any(self.path.glob(f"*/{MANIFEST}")) or any(
-            self.path.glob(".scratch/*/checkpoint-*/trainer_state.json")
-        )
-        if not kept:
+        """Leaves nothing behind when no stage was completed, and none has left anything to go on from."""
+        worthy = (f"*/{MANIFEST}", *(f".scratch/*/{progress}" for progress in PROGRESS))
+        if not any(any(self.path.glob(pattern)) for pattern in worthy):
             self.clear_scratch()
             (self.path / RUN_FILE).unlink(missing_ok=True)
 

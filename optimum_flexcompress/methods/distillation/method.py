@@ -80,6 +80,10 @@ class DistillationMethod(CompressionMethod):
                     self.modules[f"{name}_{index}_{other}"] = nn.Linear(*sizes, bias=False)
 
     @property
+    def compares_tokens(self) -> bool:
+        return self._maps_layers
+
+    @property
     def _maps_layers(self) -> bool:
         return bool(self.config.hidden_states_weight or self.config.attention_weight)
 

@@ -70,6 +70,10 @@ class MiniLMMethod(CompressionMethod):
         self._match(student, teacher)
         self._advise_assistant(student, teacher)
 
+    @property
+    def compares_tokens(self) -> bool:
+        return True
+
     def prepare(self, context: PrepareContext) -> None:
         student, teacher = (describe(unwrap_peft(model)) for model in (context.model, context.teacher))
         self._single = len(student.stacks) == 1

@@ -53,6 +53,10 @@ class LengthAdaptiveMethod(CompressionMethod):
             )
 
     @property
+    def drops_tokens(self) -> bool:
+        return self._fixed is not None
+
+    @property
     def _fixed(self) -> LengthConfig | None:
         return LengthConfig.parse(self.config.lengths, self.config.max_length)
 

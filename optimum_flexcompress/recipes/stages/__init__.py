@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import INPUT, DataSettings, Stage, StageContext, StageSpec, register_stage, stage_class
 from .deployment import Benchmark, Export, Quantize
 from .distillation import Distill
+from .lengths import LengthAdaptive, Pick, Search
 from .modular import Assemble, Modular
 from .pruning import Prune
 from .training import FineTune
@@ -18,9 +19,12 @@ __all__ = [
     "Distill",
     "Export",
     "FineTune",
+    "LengthAdaptive",
     "Modular",
+    "Pick",
     "Prune",
     "Quantize",
+    "Search",
     "Stage",
     "StageContext",
     "StageSpec",

@@ -11,7 +11,7 @@ from ...errors import FlexCompressError, nearest
 
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedModel
 
     from ...tasks import Prepared, Task
@@ -64,6 +64,7 @@ class StageContext:
         output: Folder to write the result into; becomes visible only when the stage has ended.
         scratch: Folder that outlives an interruption, for checkpoints; removed when the stage has ended.
         say: Prints a line for the user.
+        held_out: Examples that no stage trains on, where a stage asked for some.
     """
 
     name: str
@@ -77,6 +78,7 @@ class StageContext:
     output: Path
     scratch: Path
     say: Callable[[str], None] = print
+    held_out: Dataset | None = None
 
     @property
     def max_length(self) -> int:
@@ -127,6 +129,20 @@ class Stage:
     def describe(self) -> str:
         """What the stage does, for the line that announces it."""
         raise NotImplementedError
+
+    def held_out(self) -> int:
+        """How many examples the stage wants that no stage trains on, see `StageContext.held_out`."""
+        return 0
+
+    def check_sources(self, stages: Mapping[str, Stage]) -> None:
+        """Looks whether the stages that this one reads are of the right type.
+
+        Args:
+            stages: The stages above, by name.
+
+        Raises:
+            FlexCompressError: One of them is not.
+        """
 
     def check(self, models: Mapping[str, PreTrainedModel | None]) -> PreTrainedModel | None:
         """Finds out before any stage has run what can be known to fail.

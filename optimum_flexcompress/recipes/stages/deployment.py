@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import FlexCompressError
+from ...token_dropping import FULL
 from .base import Stage, StageContext, model_of, register_stage
+from .lengths import Pick
 from .training import load_config
 
 
@@ -22,11 +24,14 @@ class ExportSettings:
 
     Attributes:
         model: The stage (or `input`) whose model is exported.
+        lengths: How many tokens each layer of the encoder keeps: the stage `pick` that chose, a list of counts or
+            fractions, or "full"; what the model carries where left out.
         opset: ONNX opset; the exporter's default where left out.
         fuse: Whether ONNX Runtime's transformer fusions are applied to the graph.
     """
 
     model: str = "distill"
+    lengths: str | list[Any] | None = None
     opset: int | None = None
     fuse: bool = True
 
@@ -41,15 +46,39 @@ class Export(Stage):
 
     def inputs(self) -> list[str]:
         """See the base class."""
-        return [self.settings.model]
+        return [self.settings.model, *([self._pick] if self._pick else [])]
+
+    @property
+    def _pick(self) -> str | None:
+        """The stage that chooses the lengths."""
+        lengths = self.settings.lengths
+        return lengths if isinstance(lengths, str) and lengths != FULL else None
 
     def describe(self) -> str:
         """See the base class."""
-        return f"exporting {self.settings.model} to ONNX"
+        lengths = self.settings.lengths
+        shown = f", lengths {lengths}" if lengths is not None else ""
+        return f"exporting {self.settings.model} to ONNX{shown}"
+
+    def check_sources(self, stages: Mapping[str, Stage]) -> None:
+        """See the base class."""
+        if self._pick is not None and not isinstance(stages.get(self._pick), Pick):
+            raise FlexCompressError(
+                f'lengths names "{self._pick}", which is no stage of the type pick: name one, give a list, or "{FULL}".'
+            )
 
     def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
-        """Looks whether there is going to be a model to export."""
-        model_of(models, self.settings.model)
+        """Looks whether there is going to be a model to export, and at its lengths."""
+        from ...architectures import describe
+        from ...token_dropping import LengthConfig, check_lengths, dropping_stack
+
+        model = model_of(models, self.settings.model)
+        if self._pick is not None:
+            dropping_stack(describe(model))
+        elif self.settings.lengths is not None:
+            lengths = LengthConfig.parse(self.settings.lengths)
+            if lengths is not None:
+                check_lengths(model, lengths)
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
@@ -62,8 +91,16 @@ class Export(Stage):
             task=context.task.name,
             opset=settings.opset,
             fuse=settings.fuse,
+            length_config=self._lengths(context),
         )
         return {}
+
+    def _lengths(self, context: StageContext) -> Any:
+        from ...search import Front
+
+        if self._pick is None:
+            return self.settings.lengths
+        return Front.load(context.artifact(self._pick)).picked.lengths
 
 
 @dataclass

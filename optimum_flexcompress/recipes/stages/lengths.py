@@ -1,0 +1,267 @@
+"""The stages that let an encoder drop tokens: training for it, the search of lengths, and the choice among them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...errors import FlexCompressError
+from .base import Stage, StageContext, model_of, register_stage
+from .training import TrainingSettings, TrainingStage, check_methods, compression_config, load_config
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "length_adaptive"
+# Below the scratch folder, so that an interrupted search goes on.
+SEARCH_FOLDER = "search"
+
+
+@dataclass
+class LengthAdaptiveSettings(TrainingSettings):
+    """Settings of the stage `length-adaptive`.
+
+    Attributes:
+        model: The stage (or `input`) whose model is trained.
+        teacher: A stage (or `input`) whose model teaches the full model meanwhile, by the other entries of `methods`.
+        methods: Method type to its settings: `length_adaptive`, and what the teacher teaches, such as
+            `distillation: {temperature: 2.0}`.
+    """
+
+    model: str = "finetune"
+    teacher: str | None = None
+    methods: dict[str, Any] = field(default_factory=lambda: {METHOD: {}})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_methods(self.methods)
+        if METHOD not in self.methods:
+            raise FlexCompressError(
+                f"methods lacks {METHOD}: add it, or use the stage type distill for distillation alone."
+            )
+        if self.teacher is not None and len(self.methods) == 1:
+            raise FlexCompressError(
+                "teacher teaches nothing: add distillation or minilm to methods, or leave the teacher out."
+            )
+
+
+@register_stage("length-adaptive")
+class LengthAdaptive(TrainingStage):
+    """Trains a model to work with any number of tokens per layer."""
+
+    Settings = LengthAdaptiveSettings
+    settings: LengthAdaptiveSettings
+
+    def inputs(self) -> list[str]:
+        """See the base class."""
+        return [self.settings.model, *([self.settings.teacher] if self.settings.teacher else [])]
+
+    def describe(self) -> str:
+        """See the base class."""
+        taught = f", taught by {self.settings.teacher}" if self.settings.teacher else ""
+        return f"training {self.settings.model} to work with any number of tokens per layer{taught}"
+
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> PreTrainedModel:
+        """Asks the methods whether they can work with the model."""
+        self.check_arguments()
+        settings = self.settings
+        model = model_of(models, settings.model)
+        self.check_training(model, model_of(models, settings.teacher) if settings.teacher else None, settings.methods)
+        return model
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """See the base class."""
+        settings = self.settings
+        source = context.artifact(settings.model)
+        processor = context.task.load_processor(source)
+        prepared = context.prepare(processor, model=load_config(source))
+        return self.train(
+            context,
+            context.task.load_model(source),
+            processor,
+            prepared,
+            teacher_model=context.task.load_model(context.artifact(settings.teacher)) if settings.teacher else None,
+            compression_config=compression_config(settings.methods),
+        )
+
+
+@dataclass
+class SearchSettings:
+    """Settings of the stage `search`.
+
+    Attributes:
+        model: The stage (or `input`) whose lengths are searched.
+        objective: What the metric is traded against: "macs", multiply-accumulates of one input of the recipe's
+            longest length, or "latency", measured here.
+        runtime: What runs the candidates: "pytorch", "ort", or "ort-int8".
+        samples: How many examples candidates are scored on; held out of the training examples, unless the data set has
+            a validation split beside its test split.
+        metric: One of the task's metrics, or "loss"; its main one where left out.
+        unit: "counts" or "fractions"; what the model was trained with where left out.
+        population: Configurations in a generation.
+        trials: Configurations to score in all.
+        patience: End when so many in a row have not moved the front; 0: never. Twice the population where left out.
+        batch_size: Examples at a time while scoring.
+        latency_batch_size: Rows of the batch that is timed.
+        threads: Threads for PyTorch and ONNX Runtime.
+    """
+
+    model: str = "adapt"
+    objective: Literal["macs", "latency"] = "macs"
+    runtime: Literal["pytorch", "ort", "ort-int8"] = "pytorch"
+    samples: int = 1000
+    metric: str | None = None
+    unit: Literal["counts", "fractions"] | None = None
+    population: int = 20
+    trials: int = 150
+    patience: int | None = None
+    batch_size: int = 32
+    latency_batch_size: int = 32
+    threads: int | None = None
+
+    def __post_init__(self):
+        for name, least in (("samples", 1), ("population", 2), ("trials", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise FlexCompressError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+
+
+@register_stage("search")
+class Search(Stage):
+    """Searches for the length configurations that are worth choosing."""
+
+    Settings = SearchSettings
+    settings: SearchSettings
+    produces = "front"
+    entry_point = "front.png"
+
+    def inputs(self) -> list[str]:
+        """See the base class."""
+        return [self.settings.model]
+
+    def held_out(self) -> int:
+        """See the base class."""
+        return self.settings.samples
+
+    def describe(self) -> str:
+        """See the base class."""
+        return f"searching lengths of {self.settings.model}"
+
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
+        """Looks whether the model can drop tokens, and whether the packages are there."""
+        from ...architectures import describe
+        from ...evaluation.benchmark import require_report_extra
+        from ...search import search_lengths  # noqa: F401  says what to install where Optuna is missing
+        from ...token_dropping import dropping_stack
+
+        require_report_extra()
+        dropping_stack(describe(model_of(models, self.settings.model)))
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """See the base class."""
+        from datasets import DatasetDict
+
+        from ...search import search_lengths
+
+        settings = self.settings
+        folder = context.scratch / SEARCH_FOLDER
+        front = search_lengths(
+            context.artifact(settings.model),
+            DatasetDict({"validation": context.held_out}),
+            context.task,
+            folder,
+            objective=settings.objective,
+            runtime=settings.runtime,
+            samples=None,
+            columns=context.data_settings.columns,
+            max_length=context.max_length,
+            unit=settings.unit,
+            metric=settings.metric,
+            population=settings.population,
+            trials=settings.trials,
+            patience=settings.patience,
+            batch_size=settings.batch_size,
+            latency_batch_size=settings.latency_batch_size,
+            threads=settings.threads,
+            seed=context.seed,
+            say=lambda line: context.say(f"{context.name}: {line}"),
+        )
+        for file in folder.iterdir():
+            # The database stays behind: the search has ended.
+            if file.name.startswith("front."):
+                shutil.copy(file, context.output)
+        context.say(str(front))
+        return {"scored": len(front.scored), "front": len(front.points), f"full {front.metric}": front.full.metric}
+
+
+@dataclass
+class PickSettings:
+    """Settings of the stage `pick`.
+
+    Attributes:
+        front: The stage `search` to choose from.
+        max_drop: The cheapest configuration is chosen that loses at most this share of the metric: 0.01, or "1%".
+        max_cost: What it may cost at most, relative to the full model: 0.5, or "50%". Without `max_drop`, the best one
+            within that is chosen.
+        max_latency: What it may cost at most in milliseconds a batch, where latency was searched.
+    """
+
+    front: str = "search"
+    max_drop: float | str | None = None
+    max_cost: float | str | None = None
+    max_latency: float | None = None
+
+    def __post_init__(self):
+        if self.max_drop is None and self.max_cost is None and self.max_latency is None:
+            self.max_drop = 0.01
+
+
+@register_stage("pick")
+class Pick(Stage):
+    """Chooses a length configuration, which stages below name by this stage's name."""
+
+    Settings = PickSettings
+    settings: PickSettings
+    produces = "lengths"
+    entry_point = "front.png"
+
+    def inputs(self) -> list[str]:
+        """See the base class."""
+        return [self.settings.front]
+
+    def describe(self) -> str:
+        """See the base class."""
+        return f"choosing lengths from the front of {self.settings.front}"
+
+    def check_sources(self, stages: Mapping[str, Stage]) -> None:
+        """Looks at the limits too, which go with the objective of the search."""
+        from ...search import Front
+
+        settings = self.settings
+        source = stages.get(settings.front)
+        if not isinstance(source, Search):
+            raise FlexCompressError(f'front names "{settings.front}", which is no stage of the type search: name one.')
+        Front.check_limits(source.settings.objective, settings.max_drop, settings.max_cost, settings.max_latency)
+
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
+        """Looks whether the front can be drawn."""
+        from ...evaluation.benchmark import require_report_extra
+
+        require_report_extra()
+
+    def run(self, context: StageContext) -> dict[str, Any]:
+        """See the base class."""
+        from ...search import Front
+        from ...search.picture import draw_front
+
+        settings = self.settings
+        front = Front.load(context.artifact(settings.front))
+        point = front.pick(settings.max_drop, max_cost=settings.max_cost, max_latency=settings.max_latency)
+        front.save(context.output)
+        draw_front(front, context.output)
+        context.say(
+            f"{context.name}: {front.name(point)} of {front.max_length} tokens, {point.relative_cost:.3f} of the cost"
+        )
+        return {"lengths": point.candidate, "cost": point.relative_cost, front.metric: point.metric}
