@@ -30,7 +30,7 @@ HELD_OUT = 9
 
 def quick(recipe):
     training = [setting for stage in TRAINED[recipe] for setting in (f"{stage}.epochs=1", f"{stage}.batch_size=8")]
-    search = ["search.population=4", "search.trials=8", "pick.max_drop=100%"]
+    search = ["search.population=4", "search.trials=8", "pick.max_cost=80%", "export.fuse=false"]
     timing = ["rounds=3", "max_seconds=0.05", "stream_rows=4", "batch_sizes=[2]", "memory=false", "threads=1"]
     settings = [*training, *search, *(f"benchmark.{setting}" for setting in timing)]
     return ["data.max_length=24", *(f"stages.{setting}" for setting in settings)]
@@ -53,9 +53,17 @@ def compress(tmp_path_factory, model_folder, data_folder):
     return compress
 
 
+@pytest.fixture(scope="module")
+def length_adaptive(compress):
+    return compress("length-adaptive")[0]
+
+
 @pytest.fixture(scope="module", params=sorted(TRAINED))
 def result(request, compress):
-    return SimpleNamespace(recipe=request.param, **vars(compress(request.param)[0]))
+    """What each recipe leaves."""
+    name = request.param
+    run = request.getfixturevalue("length_adaptive") if name == "length-adaptive" else compress(name)[0]
+    return SimpleNamespace(recipe=name, **vars(run))
 
 
 def test_they_are_listed():
@@ -110,24 +118,50 @@ def test_the_report_shows_what_lengths_gain(result):
 def test_the_model_card_of_what_was_adapted(result):
     config = FlexCompressConfig.from_pretrained(result.folders["adapt"])
     methods = [method.method_type for method in config.methods]
-    assert methods == (["length_adaptive"] if result.recipe == "length-adaptive" else ["length_adaptive", "distillation"])
-    assert "0 <= accuracy" and 0 <= result.metrics["adapt"]["accuracy"] <= 1
+    assert methods == (
+        ["length_adaptive"] if result.recipe == "length-adaptive" else ["length_adaptive", "distillation"]
+    )
+    assert 0 <= result.metrics["adapt"]["accuracy"] <= 1
 
 
-def test_another_limit_keeps_the_search(compress, tmp_path):
-    out = tmp_path / "out"
-    compress("length-adaptive", output=out)
+SEARCH = """\
+data: {max_length: 24}
+stages:
+  search: {model: input, trials: 5, population: 3, samples: 8}
+  pick: {max_cost: 0.8}
+  export: {model: input, lengths: pick, fuse: false}
+"""
+
+
+@pytest.fixture
+def search(compress, length_adaptive, tmp_path):
+    """Runs a recipe that searches, picks and exports what another one has trained."""
+    file = tmp_path / "search.yaml"
+    file.write_text(SEARCH)
+
+    def search(*overrides, output="out"):
+        adapted = length_adaptive.folders["adapt"]
+        return compress(str(file), *overrides, model=adapted, output=tmp_path / output)
+
+    return search
+
+
+def test_another_limit_keeps_the_search(search, tmp_path):
+    first, _ = search()
+    cost = Front.load(first.folders["pick"]).picked.relative_cost
     with pytest.raises(FlexCompressError, match=r"No configuration of the front is as cheap as asked: the cheapest"):
-        compress("length-adaptive", "stages.pick.max_cost=0.01", output=out)
+        search("stages.pick.max_cost=0.01")
     # What the first run left is still there.
-    assert Front.load(out / "pick").picked is not None
-    result, said = compress("length-adaptive", "stages.pick.max_cost=0.999", output=out)
-    assert result.skipped == ["finetune", "adapt", "search", "export-full", "int8-full"]
+    assert Front.load(first.folders["pick"]).picked.relative_cost == cost
+    result, said = search("stages.pick.max_drop=100%", "stages.pick.max_cost=null")
+    assert result.skipped == ["search"]
     assert "pick: choosing lengths from the front of search" in said
+    front = Front.load(result.folders["pick"])
+    assert front.picked == front.points[0] and front.asked == {"max_drop": 1.0}
 
 
-def test_an_interrupted_search_goes_on(compress, tmp_path, monkeypatch):
-    whole, _ = compress("length-adaptive", output=tmp_path / "whole")
+def test_an_interrupted_search_goes_on(search, tmp_path, monkeypatch):
+    whole, _ = search(output="whole")
     original, scored = LengthScorer.__call__, []
 
     def interrupt(self, candidate):
@@ -139,55 +173,35 @@ def test_an_interrupted_search_goes_on(compress, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(LengthScorer, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            compress("length-adaptive", output=tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".scratch", "adapt", "finetune", "run.json"]
-    resumed, said = compress("length-adaptive", output=tmp_path / "out")
-    assert resumed.skipped == ["finetune", "adapt"] and "3 configurations were scored before" in said
+            search()
+    # No stage has finished, and yet there is something to go on from.
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".scratch", "run.json"]
+    resumed, said = search()
+    assert "search: 3 configurations were scored before" in said
     fronts = [Front.load(run.folders["search"]) for run in (whole, resumed)]
     assert [point.candidate for point in fronts[0].scored] == [point.candidate for point in fronts[1].scored]
     assert [point.metric for point in fronts[0].points] == [point.metric for point in fronts[1].points]
 
 
-def test_a_recipe_that_only_searches_keeps_its_scores(compress, tmp_path, monkeypatch):
-    adapted = compress("length-adaptive")[0].folders["adapt"]
-    file = tmp_path / "only.yaml"
-    file.write_text("stages:\n  search: {model: input, trials: 4, population: 2, samples: 8}\n")
-    original = LengthScorer.__call__
-
-    def interrupt(self, candidate):
-        if self.seen:
-            raise KeyboardInterrupt
-        type(self).seen = True
-        return original(self, candidate)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LengthScorer, "seen", False, raising=False)
-        patch.setattr(LengthScorer, "__call__", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            compress(str(file), model=adapted, output=tmp_path / "out")
-    assert "1 configurations were scored before" in compress(str(file), model=adapted, output=tmp_path / "out")[1]
-
-
-def test_lengths_by_hand(compress, tmp_path):
+def test_lengths_by_hand(compress, length_adaptive, tmp_path):
     file = tmp_path / "by-hand.yaml"
     file.write_text(
         "data: {max_length: 24}\n"
         "stages:\n"
-        "  finetune: {epochs: 1}\n"
-        "  export: {model: finetune, lengths: [16, 12, 8, 4]}\n"
+        "  export: {model: input, lengths: [16, 12, 8, 4]}\n"
         "  static: {type: quantize, model: export, mode: static, calibration_samples: 8}\n"
     )
-    result, said = compress(str(file))
+    result, said = compress(str(file), model=length_adaptive.folders["adapt"])
     for name in ("export", "static"):
         config = json.loads((result.folders[name] / "config.json").read_text())
         assert config["length_config"]["counts"] == [16, 12, 8, 4]
-    assert "exporting finetune to ONNX, lengths [16, 12, 8, 4]" in said
+    assert "exporting input to ONNX, lengths [16, 12, 8, 4]" in said
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("adapt.methods={distillation: {}}", r"length-adaptive\.yaml.*stages\.adapt: methods lacks length_adaptive"),
+        ("adapt.methods={distillation: {}}", r"stages\.adapt: methods lacks length_adaptive: add it"),
         ("adapt.teacher=finetune", "stages.adapt: teacher teaches nothing: add distillation"),
         ("adapt.methods.distillation={}", "stages.adapt: .*teacher"),
         ("adapt.methods.length_adaptive.length_drp=0.1", 'stages.adapt: .*Did you mean "length_drop"'),
@@ -244,7 +258,9 @@ class TestHoldingOut:
     @staticmethod
     def folder(tmp_path, **rows):
         splits = {
-            name: Dataset.from_dict({"text": [f"{name} {row}" for row in range(count)], "label": ["a", "b"] * (count // 2)})
+            name: Dataset.from_dict(
+                {"text": [f"{name} {row}" for row in range(count)], "label": ["a", "b"] * (count // 2)}
+            )
             for name, count in rows.items()
         }
         DatasetDict(splits).save_to_disk(tmp_path / "data")

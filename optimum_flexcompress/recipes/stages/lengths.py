@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,7 +70,9 @@ class LengthAdaptive(TrainingStage):
         self.check_arguments()
         settings = self.settings
         model = model_of(models, settings.model)
-        self.check_training(model, model_of(models, settings.teacher) if settings.teacher else None, settings.methods)
+        # A model may be taught by what it was: then the stage loads it twice.
+        teacher = copy.deepcopy(model_of(models, settings.teacher)) if settings.teacher else None
+        self.check_training(model, teacher, settings.methods)
         return model
 
     def run(self, context: StageContext) -> dict[str, Any]:
