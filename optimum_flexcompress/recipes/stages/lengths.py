@@ -170,6 +170,12 @@ class Search(Stage):
 
         settings = self.settings
         folder = context.scratch / SEARCH_FOLDER
+
+        def say(line: str) -> None:
+            # Nothing is going to be left in that folder.
+            if str(folder) not in line:
+                context.say(f"{context.name}: {line}")
+
         front = search_lengths(
             context.artifact(settings.model),
             DatasetDict({"validation": context.held_out}),
@@ -189,7 +195,7 @@ class Search(Stage):
             latency_batch_size=settings.latency_batch_size,
             threads=settings.threads,
             seed=context.seed,
-            say=lambda line: context.say(f"{context.name}: {line}"),
+            say=say,
         )
         for file in folder.iterdir():
             # The database stays behind: the search has ended.
