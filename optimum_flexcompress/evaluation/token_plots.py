@@ -123,9 +123,8 @@ def plot_kept(
         for axes, (title, tokens, kept) in zip(all_axes, panels, strict=True):
             _kept_bars(axes, tokens, kept, palette)
             axes.set_title(title)
-        if len(names) > 1:
-            handles, labels = all_axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower left", ncols=min(len(names), 4), frameon=False)
+        handles, labels = all_axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=min(len(names), 4), frameon=False)
     return figure
 
 

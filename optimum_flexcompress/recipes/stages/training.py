@@ -123,8 +123,10 @@ class TrainingStage(Stage):
         from ...methods.base import PrepareContext
         from ...methods.runner import MethodRunner
 
-        context = PrepareContext(model, teacher, TrainingArguments(output_dir="unused", report_to="none"))
-        MethodRunner(compression_config(methods), teacher).validate(context, None, None)
+        config = compression_config(methods)
+        arguments = TrainingArguments(output_dir="unused", report_to="none")
+        context = PrepareContext(model, teacher, arguments, config.methods)
+        MethodRunner(config, teacher).validate(context, None, None)
 
     def train(
         self,
