@@ -301,7 +301,7 @@ def fuse(graph: Graph, item: Attention) -> None:
         widened = None
         hides_keys = item.mask_input is not None or item.mask_is_row
         if hides_keys:
-            widened = _widened_projections(graph, item, base)
+            widened = widened_projections(graph, item, base)
         if widened is not None:
             inputs[:2] = widened
         else:
@@ -342,7 +342,7 @@ def _projection(graph: Graph, tensor: str) -> tuple[str, str, np.ndarray | None]
     return product.input[0], product.input[1], bias
 
 
-def _widened_projections(graph: Graph, item: Attention, base: str) -> tuple[str, str] | None:
+def widened_projections(graph: Graph, item: Attention, base: str) -> tuple[str, str] | None:
     """Query and key with one more dim a head, whose product is the mask.
 
     Returns:

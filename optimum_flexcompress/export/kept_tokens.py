@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from .attention import Attention, NotFusable, score_of_hidden, scores_of
+from .attention import Attention, NotFusable, score_of_hidden, scores_of, widened_projections
 from .first_token import cut, first_token_gathers, inner_nodes
 from .graph import MICROSOFT, Graph, attribute
 from .probe import Feeds, values_of
@@ -101,7 +101,7 @@ class _Body:
     """What is done with one sample.
 
     In come query, key and value `(tokens, heads, size)`, out go the context, in the same form, and the sums
-    `(tokens,)`. Products read and write heads where they are, as far as that is no slower than moving them.
+    `(tokens,)`. Products read heads where they are: to move them first is work for one thread only.
     """
 
     def __init__(self, graph: Graph, item: Attention, base: str):
@@ -131,31 +131,29 @@ class _Body:
 
     def maps(self) -> str:
         """The attention maps, `(heads, queries, keys)`."""
-        item = self.item
-        query = self.split("query", item.query)
-        key = self.add("Transpose", [self.split("key", item.key)], perm=(1, 2, 0))
+        item, graph = self.item, self.outer
+        projections, mask = (item.query, item.key), item.mask
         hides_keys = item.mask_is_row or item.mask_input is not None
         if hides_keys:
-            query, key = self.with_hidden_keys(query, key)
-        scores = self.add("FusedMatMul", [query, key], MICROSOFT, alpha=float(item.scale), transBatchA=1)
-        if item.mask is not None and not hides_keys:
-            scores = self.add("Add", [scores, self.sample_of("mask", item.mask, 3)])
+            widened = widened_projections(graph, item, self.base)
+            if widened is not None:
+                projections, mask = widened, None
+            else:
+                axes = self.constant("row", [1, 2])
+                mask = graph.add_node("Unsqueeze", [score_of_hidden(graph, item), axes], f"{self.base}.mask")
+        query, key = (self.split(name, tensor) for name, tensor in zip(("query", "key"), projections))
+        scores = self.add(
+            "FusedMatMul",
+            [query, key],
+            MICROSOFT,
+            alpha=float(item.scale),
+            transB=1,
+            transBatchA=1,
+            transBatchB=1,
+        )
+        if mask is not None:
+            scores = self.add("Add", [scores, self.sample_of("mask", mask, 3)])
         return self.add("Softmax", [scores], axis=-1)
-
-    def with_hidden_keys(self, query: str, key: str) -> tuple[str, str]:
-        """One more dim, in which the query is 1 and the key is its mask, so that their product contains the mask."""
-        outer, base = self.outer, self.base
-        heads, one = self.constant("heads", [self.item.heads]), self.constant("one", [1])
-        length = outer.add_node("Shape", [self.item.query], f"{base}.Shape", start=1, end=2)
-        column = outer.add_node("Concat", [length, heads, one], f"{base}.column", axis=0)
-        row = outer.add_node("Concat", [heads, one, length], f"{base}.row", axis=0)
-        unit = outer.add_constant(f"{base}.unit", np.ones(1, np.float32))
-        ones = outer.add_node("Expand", [unit, column], f"{base}.ones")
-        # The product is scaled, and with it the mask.
-        large = outer.add_constant(f"{base}.large", np.float32(1.0 / self.item.scale))
-        hidden = outer.add_node("Mul", [score_of_hidden(outer, self.item), large], f"{base}.hidden")
-        hidden = self.add("Expand", [self.sample_of("hidden", hidden, 1), row])
-        return self.add("Concat", [query, ones], axis=2), self.add("Concat", [key, hidden], axis=1)
 
     def context(self, maps: str) -> str:
         """`(queries, heads, size)`."""
