@@ -18,14 +18,13 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from .graph import MICROSOFT, Graph, attribute
+from .hidden_keys import HIDDEN, expanded_mask, widened_projections
 from .probe import Feeds, same_constant, values_of
 
 
 SPLIT_HEADS = (0, 2, 1, 3)
 SWAP_LAST = (0, 1, 3, 2)
 SPLIT_HEADS_SWAPPED = (0, 2, 3, 1)
-# Scores of hidden keys; exp() of it is 0 in single precision whatever the other scores are.
-HIDDEN = -1e4
 
 
 class NotFusable(Exception):
@@ -45,6 +44,7 @@ class Attention:
         output: `(batch, queries, heads * value size)`.
         split_query: The query as `(batch, heads, queries, size)`.
         mask: What is added to the scores, or None.
+        uncut_mask: What `mask` is a slice of; the same, where it is cut to the number of keys that it has anyway.
         factors: Scalars that multiply the scores, and those that divide them.
         heads: Number of heads.
         size: Dims of a head.
@@ -61,6 +61,7 @@ class Attention:
     output: str
     split_query: str
     mask: str | None
+    uncut_mask: str | None
     factors: tuple[list[str], list[str]]
     heads: int = 0
     size: int = 0
@@ -136,8 +137,10 @@ def _match(graph: Graph, softmax: NodeProto) -> Attention:
         raise NotFusable("its heads are joined in an unusual way")
     output = _only_reader(graph, transpose.output[0], "Reshape").output[0]
     name = (softmax.name or softmax.output[0]).strip("/").rsplit("/", 1)[0]
+    cut = graph.producer(scores.mask, "Slice") if scores.mask is not None else None
+    uncut = cut.input[0] if cut is not None else None
     return Attention(
-        name, softmax, scores.query, scores.key, value, output, scores.split_query, scores.mask, scores.factors
+        name, softmax, scores.query, scores.key, value, output, scores.split_query, scores.mask, uncut, scores.factors
     )
 
 
@@ -218,7 +221,7 @@ def measure(graph: Graph, attentions: list[Attention], feeds: list[Feeds]) -> di
         for item in attentions
         for name in (item.query, item.key, item.value, item.output, item.split_query, *item.factors[0])
     ]
-    names += [name for item in attentions for name in (*item.factors[1], *([item.mask] if item.mask else []))]
+    names += [name for item in attentions for name in (*item.factors[1], item.mask, item.uncut_mask) if name]
     computed = [name for name in names if name not in graph.initializers and name not in graph.inputs]
     constants = {name: graph.constant(name) for name in names if name in graph.initializers}
     runs = [{**run, **constants, **inputs} for run, inputs in zip(values_of(graph.model, computed, feeds), feeds)]
@@ -255,6 +258,9 @@ def _measure(item: Attention, runs: list[dict[str, np.ndarray]], inputs: list[st
             if not factor:
                 raise NotFusable("its scale is not a constant number")
             item.scale *= factor**sign
+    if item.uncut_mask is not None and all(np.array_equal(run[item.mask], run[item.uncut_mask]) for run in runs):
+        # The cut would keep the key alive, whose shape it reads.
+        item.mask = item.uncut_mask
     if item.mask is not None:
         item.mask_input = next(
             (name for name in inputs if all(_only_hides_keys(run, item, name) for run in runs)), None
@@ -305,7 +311,7 @@ def fuse(graph: Graph, item: Attention) -> None:
         if widened is not None:
             inputs[:2] = widened
         else:
-            mask = _expanded_mask(graph, item, base) if hides_keys else item.mask
+            mask = expanded_mask(graph, item, base) if hides_keys else item.mask
             inputs += ["", "", mask]
     old = graph.producer(item.output)
     output = graph.unique_name(f"{base}_output")
@@ -325,88 +331,3 @@ def fuse(graph: Graph, item: Attention) -> None:
         graph.reindex()
     else:
         graph.replace_reads(item.output, output)
-
-
-def _projection(graph: Graph, tensor: str) -> tuple[str, str, np.ndarray | None] | None:
-    """`(input, weight, bias)` of a linear layer that makes `tensor`."""
-    bias = None
-    add = graph.producer(tensor, "Add")
-    if add is not None:
-        for index in (0, 1):
-            value = graph.constant(add.input[index])
-            if value is not None and value.ndim == 1:
-                bias, tensor = value, add.input[1 - index]
-    product = graph.producer(tensor, "MatMul")
-    if product is None or graph.constant(product.input[1]) is None or graph.constant(product.input[1]).ndim != 2:
-        return None
-    return product.input[0], product.input[1], bias
-
-
-def widened_projections(graph: Graph, item: Attention, base: str) -> tuple[str, str] | None:
-    """Query and key with one more dim a head, whose product is the mask.
-
-    Returns:
-        The two tensors, `(batch, length, heads * (size + 1))`; None where they come from no linear layer.
-    """
-    projections = [_projection(graph, name) for name in (item.query, item.key)]
-    if None in projections:
-        return None
-    tensors = []
-    for (source, weight, bias), constant, what in zip(projections, (1.0, 0.0), ("query", "key")):
-        old = graph.constant(weight)
-        width = old.shape[0]
-        wide = np.zeros((width, item.heads, item.size + 1), np.float32)
-        wide[..., :-1] = old.reshape(width, item.heads, item.size)
-        wide_bias = np.full((item.heads, item.size + 1), constant, np.float32)
-        wide_bias[:, :-1] = 0.0 if bias is None else bias.reshape(item.heads, item.size)
-        name = f"{base}.{what}"
-        product = graph.add_node(
-            "MatMul", [source, graph.add_constant(f"{name}.weight", wide.reshape(width, -1))], f"{name}.MatMul"
-        )
-        bias_name = graph.add_constant(f"{name}.bias", wide_bias.reshape(-1))
-        tensors.append(graph.add_node("Add", [product, bias_name], f"{name}.Add"))
-    tensors[1] = graph.add_node("Add", [tensors[1], _hidden_keys(graph, item)], f"{base}.key.mask")
-    return tensors[0], tensors[1]
-
-
-def score_of_hidden(graph: Graph, item: Attention) -> str:
-    """`(batch, keys)`: 0 for a visible key, a large negative number for a hidden one; made once for a graph."""
-    shared = f"flexcompress.{item.mask_input or item.mask}"
-    name = f"{shared}.scores"
-    if graph.producer(name) is None and item.mask_is_row:
-        axes = graph.add_constant(f"{shared}.axes", np.array([1, 2], np.int64))
-        row = graph.add_node("Squeeze", [item.mask, axes], f"{shared}.Squeeze")
-        least = graph.add_constant(f"{shared}.least", np.float32(HIDDEN))
-        graph.add_node("Max", [row, least], f"{shared}.Max", outputs=[name])
-        graph.reindex()
-    elif graph.producer(name) is None:
-        one, large = (graph.add_constant(f"{shared}.{value:g}", np.float32(value)) for value in (1.0, -HIDDEN))
-        number = graph.add_node("Cast", [item.mask_input], f"{shared}.Cast", to=1)
-        hidden = graph.add_node("Sub", [number, one], f"{shared}.Sub")
-        graph.add_node("Mul", [hidden, large], f"{shared}.Mul", outputs=[name])
-        graph.reindex()
-    return name
-
-
-def _hidden_keys(graph: Graph, item: Attention) -> str:
-    """`(batch, keys, heads * (size + 1))`: the scores of hidden keys in the last dim of every head, else 0."""
-    name = f"flexcompress.{item.mask_input or item.mask}.{item.heads}x{item.size}.{item.scale:g}"
-    if graph.producer(name) is None:
-        place = np.zeros((1, 1, item.heads, item.size + 1), np.float32)
-        place[..., -1] = 1.0 / item.scale
-        axis = graph.add_constant(f"{name}.axis", np.array([2], np.int64))
-        column = graph.add_node("Unsqueeze", [score_of_hidden(graph, item), axis], f"{name}.Unsqueeze")
-        where = graph.add_constant(f"{name}.place", place.reshape(1, 1, -1))
-        graph.add_node("Mul", [column, where], f"{name}.Mul", outputs=[name])
-        graph.reindex()
-    return name
-
-
-def _expanded_mask(graph: Graph, item: Attention, base: str) -> str:
-    """`(batch, 1, queries, keys)`, as the operator wants it."""
-    axes = graph.add_constant(f"{base}.axes", np.array([1, 2], np.int64))
-    row = graph.add_node("Unsqueeze", [score_of_hidden(graph, item), axes], f"{base}.Unsqueeze")
-    length = graph.add_node("Shape", [item.query], f"{base}.Shape", start=1, end=2)
-    one = graph.add_constant(f"{base}.one", np.array([1], np.int64))
-    shape = graph.add_node("Concat", [one, one, length, one], f"{base}.Concat", axis=0)
-    return graph.add_node("Expand", [row, shape], f"{base}.Expand")

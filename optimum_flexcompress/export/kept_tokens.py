@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from .attention import Attention, NotFusable, score_of_hidden, scores_of, widened_projections
+from .attention import Attention, NotFusable, scores_of
 from .first_token import cut, first_token_gathers, inner_nodes
 from .graph import MICROSOFT, Graph, attribute
+from .hidden_keys import score_of_hidden, widened_projections
 from .probe import Feeds, values_of
 
 
