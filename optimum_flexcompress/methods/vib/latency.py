@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,10 +20,13 @@ from transformers import __version__ as transformers_version
 
 from ...architectures import describe
 from ...errors import FlexCompressError
+from ...evaluation.environment import BUSY, busy_cores
 from ...output import write_text_atomically
 from ...structure import ModelStructure
 from .timing import Times, Workload, grid, plan_copies, time_copy, typical
 
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -61,6 +65,12 @@ class LatencyTable:
             workload: What is timed.
             vary_width: Whether widths below the model's own are timed too.
         """
+        busy = busy_cores() if workload.device == "cpu" else None
+        if busy is not None and busy > BUSY:
+            logger.warning(
+                f"Other processes keep {busy:.1f} cores busy, which the table of latencies will show: measure it anew "
+                "on a quiet machine."
+            )
         view = describe(model)
         widths = grid(view.hidden_size, WIDTHS) if vary_width else [view.hidden_size]
         found = [Times({}, []) for _ in widths]

@@ -28,6 +28,7 @@ from tests.methods.vib.helpers import config_of, layout_of, random_masks, traine
 def _few_runs(monkeypatch):
     for name, value in (("FEWEST_RUNS", 1), ("MOST_RUNS", 2), ("WARMUP_RUNS", 0)):
         monkeypatch.setattr(timing, name, value)
+    monkeypatch.setattr(latency, "busy_cores", lambda: 0.0)
 
 
 def _workload(model, batch_size=2, length=9):
@@ -208,6 +209,15 @@ def test_a_resumed_run_keeps_its_table(tmp_path):
     resumed = trainer_of(tmp_path / "killed", model=twin(model), **common)
     resumed.train(resume_from_checkpoint=True)
     assert_same(weights(resumed.model), weights(whole.model))
+
+
+def test_a_busy_machine_is_noticed(monkeypatch, caplog):
+    model = model_of("bert", layers=1, hidden=16, heads=2)
+    LatencyTable.measure(model, _workload(model))
+    assert not caplog.records
+    monkeypatch.setattr(latency, "busy_cores", lambda: 1.6)
+    LatencyTable.measure(model, _workload(model))
+    assert "1.6 cores busy" in caplog.text and "anew" in caplog.text
 
 
 def test_the_cache_is_filled_once(tmp_path, monkeypatch):
