@@ -11,7 +11,11 @@ from ..errors import FlexCompressError
 from .lengths import FULL, LengthConfig
 
 
-KEY = "length_config"
+KEYS = ("length_config", "lengths")
+"""Under the first, `config.json` has a length configuration; under the second, a point of a search's front."""
+
+PICK = "pick"
+"""Under which a front has the point that was picked."""
 
 
 def read_lengths(text: str) -> LengthConfig | str:
@@ -19,8 +23,8 @@ def read_lengths(text: str) -> LengthConfig | str:
 
     Args:
         text: Counts (`315,251,242`) or fractions (with a decimal point: `1.0,0.8,0.5`), with commas or spaces, also in
-            brackets; `full`; or the path of a JSON file that holds a list, what [`LengthConfig.to_dict`] makes, or
-            either of them under `length_config`, as a pick of a search and `config.json` do.
+            brackets; `full`; or the path of a JSON file: a list, what [`LengthConfig.to_dict`] makes, a `config.json`
+            that carries lengths, or the `front.json` of a search with a pick.
 
     Returns:
         The configuration, or `"full"`.
@@ -55,10 +59,19 @@ def _from_file(path: Path) -> LengthConfig | str:
 
 
 def _found(data: Any, path: Path) -> Any:
-    if isinstance(data, Mapping) and KEY in data:
-        return data[KEY]
+    if isinstance(data, Mapping) and PICK in data:
+        if data[PICK] is None:
+            raise FlexCompressError(
+                f"{path} is the front of a search without a pick: search with --max-drop, --max-cost or --max-latency, "
+                "or write the lengths of one of its points."
+            )
+        data = data[PICK]
+    if isinstance(data, Mapping):
+        found = next((data[key] for key in KEYS if key in data), None)
+        if found is not None:
+            return found
     if isinstance(data, list) or (isinstance(data, Mapping) and "unit" in data):
         return data
     raise FlexCompressError(
-        f'{path} holds no length configuration: it is a list of lengths, or an object with "unit" or "{KEY}".'
+        f'{path} holds no length configuration: it is a list of lengths, or an object with "unit" or "{KEYS[0]}".'
     )

@@ -46,9 +46,18 @@ def test_an_int8_folder_that_loads(folder, tmp_path, capsys, mode):
     assert torch.isfinite(model(**inputs_for(build("bert", "BertForSequenceClassification"))).logits).all()
 
 
+def test_lengths(folder, tmp_path):
+    assert run("-m", folder / "model", "--length-config", "7,4,2", "-o", tmp_path / "int8") == 0
+    model = ORTModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+    assert model.config.length_config["counts"] == [7, 4, 2]
+    assert torch.isfinite(model(**inputs_for(build("bert", "BertForSequenceClassification"))).logits).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--length-config", "7,4"], "The lengths are for 2 layers"),
+        (["--length-config", "7;4;2"], "is no length configuration"),
         (["--backend", "ortt"], "'ortt' is no quantization backend. Did you mean \"ort\"?"),
         (["--mode", "static"], "--mode static needs calibration examples: give --dataset, or choose dynamic."),
         (["--mode", "statik"], 'Did you mean "static"?'),
