@@ -251,7 +251,12 @@ def test_a_killed_command_goes_on(tmp_path, model_folder, data_folder):
     command = [str(Path(sys.executable).with_name("optimum-cli")), "flexcompress", "compress", "-m", str(model_folder)]
     command += ["--dataset", str(data_folder), "--task", "text-classification", "--recipe", str(file), "-o", "out"]
     options = {"cwd": tmp_path, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+    def listen():
+        # Shells start what runs in the background deaf to interrupts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=listen, **options)
     states = tmp_path / "out" / ".scratch" / "finetune"
     deadline = time.monotonic() + 120
     while not any(states.glob("checkpoint-*/trainer_state.json")):
