@@ -32,12 +32,7 @@ def quick(recipe):
     training = [setting for stage in TRAINED[recipe] for setting in (f"{stage}.epochs=1", f"{stage}.batch_size=8")]
     search = ["search.population=4", "search.trials=8", "pick.max_cost=80%"]
     # Fused graphs have tests of their own, and take their time.
-    graphs = [
-        "export-full.fuse=false",
-        "export.fuse=false",
-        "int8-full.options={fuse: false}",
-        "int8.options={fuse: false}",
-    ]
+    graphs = ["int8-full.options={fuse: false}", "int8.options={fuse: false}"]
     timing = ["rounds=3", "max_seconds=0.05", "stream_rows=4", "batch_sizes=[2]", "memory=false", "threads=1"]
     settings = [*training, *search, *graphs, *(f"benchmark.{setting}" for setting in timing)]
     return ["data.max_length=24", *(f"stages.{setting}" for setting in settings)]
