@@ -43,6 +43,8 @@ class QuantizedFolder:
                 parts.append(f"{file.tables} int8 embedding tables")
             if file.attentions:
                 parts.append(f"{file.attentions} attentions fused")
+            if file.dropping_layers:
+                parts.append(f"{file.dropping_layers} layers drop tokens")
             if file.first_token_only:
                 parts.append("last layer cut to the first token")
             lines.append(", ".join(parts))

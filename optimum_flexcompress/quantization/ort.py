@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import FlexCompressError, nearest
 from ..export.fusion import FusionReport, fuse_graph
-from ..export.graph import has_subgraphs, load_model, save_model
+from ..export.graph import load_model, save_model
 from ..export.onnx import DECODER, DECODER_MERGED, DECODER_WITH_PAST, export_onnx
 from ..export.short_attention import choose_attention_by_size
 from ..output import atomic_folder
@@ -50,6 +50,7 @@ class FileReport:
         attentions_left: Attentions that were not, and why.
         attentions_by_size: Attentions with two kernels, the one that runs being chosen by the size of the input.
         first_token_only: Whether the last layer was cut to the token that the head reads.
+        dropping_layers: Layers that drop tokens and were fused as well.
         bytes_before: Size of the file in single precision.
         bytes_after: Size of the int8 file.
     """
@@ -62,6 +63,7 @@ class FileReport:
     attentions_left: dict[str, str] = field(default_factory=dict)
     attentions_by_size: int = 0
     first_token_only: bool = False
+    dropping_layers: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -259,8 +261,8 @@ class FlexORTQuantizer(ORTQuantizer):
     ) -> tuple[ModelProto, FileReport]:
         model, fusion = load_model(file), FusionReport()
         target = config.resolved_target
-        if config.is_static and has_subgraphs(model):
-            raise FlexCompressError(f"{file.name} holds sub-graphs, which cannot be calibrated: choose dynamic.")
+        if config.is_static and any(node.op_type == "If" for node in model.graph.node):
+            raise FlexCompressError(f"{file.name} holds branches, which cannot be calibrated: choose dynamic.")
         if config.fuse and not target.qdq:
             model, fusion = fuse_graph(model, self.config)
         exclude = frozenset(config.exclude)
@@ -301,6 +303,7 @@ class FlexORTQuantizer(ORTQuantizer):
             attentions_left=fusion.left,
             attentions_by_size=by_size,
             first_token_only=fusion.first_token_only,
+            dropping_layers=fusion.choices,
         )
 
     def _save_beside(self, folder: Path, config: FlexORTQuantizationConfig) -> None:

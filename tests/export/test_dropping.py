@@ -185,6 +185,17 @@ def test_int8(dropping, tmp_path, family, name, unit, mode):
     assert 0 < min(errors) < 0.15 and max(errors) < 1
 
 
+def test_a_graph_that_is_fused_already_becomes_static_int8(tmp_path):
+    model = build("bert", "BertForTokenClassification")
+    export_onnx(model, tmp_path / "fused", length_config=[7, 4, 2], fuse=True, validate=False)
+    examples = [{key: value[0] for key, value in inputs_for(model, i, 1, 9).items()} for i in range(12)]
+    result = quantize_folder(tmp_path / "fused", tmp_path / "int8", "static", calibration_dataset=examples)
+    assert result.files["model.onnx"].static == 19 and result.files["model.onnx"].dynamic == 0
+    inputs, expected = clear_case(set_lengths(model, [7, 4, 2]), 1, 9)
+    actual = run(tmp_path / "int8" / "model.onnx", inputs)["logits"]
+    assert 0 < relative_error(actual, expected["logits"].numpy()) < 0.5
+
+
 def test_lengths_at_export(tmp_path):
     model = build("bert", "BertForSequenceClassification")
     inputs, _ = clear_case(set_lengths(model, [7, 4, 2]), 3, 9)
