@@ -86,7 +86,7 @@ def _frame(axes, front: Front, scale: float) -> None:
 def _mark_pick(axes, front: Front, place: tuple[float, float]) -> None:
     axes.scatter(*place, s=150, facecolors="none", edgecolors=_ORANGE, linewidths=2.2, zorder=5, label="picked")
     loss = 100 * front.drop(front.picked)
-    change = f"loses {loss:.2f} %" if loss > 0 else f"gains {-loss:.2f} %"
+    change = f"loses {loss:.2f} %" if loss > 0 else f"gains {-loss:.2f} %" if loss < 0 else "loses nothing"
     text = f"{front.name(front.picked)}\n{change} of the {front.metric} at {place[0]:.0f} % of the cost"
     # Below and to the right of a front there is nothing but what it beats.
     axes.annotate(
