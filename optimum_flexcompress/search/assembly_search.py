@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..errors import FlexCompressError
 from ..evaluation.artifact import Artifact, model_artifact
 from ..evaluation.benchmark import using_threads
 from ..evaluation.cost import count_macs
-from ..evaluation.environment import environment_info
 from ..evaluation.inputs import example_batch
 from ..evaluation.latency import measure_side_by_side
 from ..evaluation.workloads import forward_inputs, runner
 from ..methods.modular import Assembly, ModularModel
-from ..output import check_output_folder
 from ..tasks import get_task, infer_task
 from ..tasks.base import Task, effective_length
 from .assembly_space import AssemblySpace
-from .evolution import Candidate, Evolution
-from .front import Front, Point, pareto
+from .evolution import Candidate
+from .front import Front
 from .held_out import HeldOut, open_held_out
 from .length_scoring import OBJECTIVES, Timed, check_choice
-from .length_search import DATABASE, check_search_folder
-from .store import Score, open_storage
+from .search_run import SearchRun
+from .store import Score
 
 
 logger = logging.getLogger(__name__)
@@ -195,16 +187,14 @@ def search_assemblies(
         MissingExtraError: Optuna, or matplotlib for the picture, is missing.
     """
     check_choice("objective", objective, OBJECTIVES)
-    asked = Front.check_limits(objective, max_drop, max_cost, max_latency)
-    if save_pick is not None:
-        if not asked:
-            raise FlexCompressError("save_pick needs something to pick by: give max_drop, max_cost or max_latency.")
-        check_output_folder(save_pick)
-    if picture and output is not None:
-        from .picture import draw_front
-    folder = None if output is None else check_search_folder(output)
-    database = None if storage is None else open_storage(storage)
-
+    run = SearchRun(
+        output,
+        storage,
+        objective=objective,
+        limits={"max_drop": max_drop, "max_cost": max_cost, "max_latency": max_latency},
+        save_pick=save_pick,
+        picture=picture,
+    )
     modular, source = (
         (model, None) if isinstance(model, ModularModel) else (ModularModel.from_pretrained(model), model)
     )
@@ -227,8 +217,7 @@ def search_assemblies(
         max_new_tokens=new_tokens,
         seed=seed,
     )
-    with ExitStack() as context:
-        threads = context.enter_context(using_threads(threads))
+    with using_threads(threads) as threads:
         timed = Timed(latency_batch_size, length, new_tokens, threads=threads)
         space = AssemblySpace(modular)
         settings = {
@@ -241,87 +230,32 @@ def search_assemblies(
             "examples": held_out.where,
             **({"timed": asdict(timed)} if objective == "latency" else {}),
         }
-        environment = environment_info(threads)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        if database is None:
-            place = folder or Path(context.enter_context(tempfile.TemporaryDirectory(prefix="flexcompress-search-")))
-            database = open_storage(f"sqlite:///{place / DATABASE}")
-        evolution = Evolution(
-            space,
-            database,
-            _study_name(settings, held_out, modular, environment),
-            greater_is_better=held_out.greater_is_better,
-            population=population,
-            trials=trials,
-            patience=2 * population if patience is None else patience,
-            seed=seed,
-        )
-        say(f"Searching {space.size:,} assemblies on {held_out.where}: {held_out.metric} against {objective}")
-        if found := len(evolution.scores()):
-            say(f"{found} assemblies were scored before: going on from there")
         scorer = AssemblyScorer(modular, space, held_out, objective, timed, task)
         held_out.compare_with(model_artifact(modular.model, task))
-        evolution.run(scorer, progress=progress)
-        front = _front(evolution.scores(), space, held_out, settings, scorer.full_macs)
-        front.environment = environment
-        front.options = {**settings, "population": population, "trials": trials, "seed": seed}
 
-        def write() -> None:
-            if folder is not None:
-                front.save(folder)
-                if picture:
-                    draw_front(front, folder)
+        def save(front: Front, folder: str | os.PathLike) -> None:
+            modular.save_assembled(Assembly.from_dict(front.picked.candidate), folder, source=source)
 
-        write()
-        if asked:
-            front.pick(max_drop, max_cost=max_cost, max_latency=max_latency)
-            write()
-            if save_pick is not None:
-                modular.save_assembled(Assembly.from_dict(front.picked.candidate), save_pick, source=source)
-    return front
+        return run(
+            space,
+            scorer,
+            held_out,
+            settings=settings,
+            options={},
+            weights=[modular.model, modular.modules],
+            full_macs=scorer.full_macs,
+            describe=lambda candidate: space.assembly(candidate).to_dict(),
+            save=save,
+            title=f"Searching {space.size:,} assemblies on {held_out.where}: {held_out.metric} against {objective}",
+            plural="assemblies",
+            population=population,
+            trials=trials,
+            patience=patience,
+            seed=seed,
+            progress=progress,
+            say=say,
+        )
 
 
 def _name(assembly: Assembly) -> str:
     return "; ".join(assembly.summary().splitlines())
-
-
-def _study_name(settings: dict, held_out: HeldOut, modular: ModularModel, environment: dict) -> str:
-    """The same for the same search, so that it goes on, and for no other, so that scores do not mix."""
-    sha = hashlib.sha256(json.dumps([settings, held_out.digest()], sort_keys=True).encode())
-    if settings["objective"] == "latency":
-        sha.update(str(environment["cpu"]).encode())
-    for part in (modular.model, modular.modules):
-        for name, tensor in sorted(part.state_dict().items()):
-            sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return f"assembly-{sha.hexdigest()[:24]}"
-
-
-def _front(
-    scores: dict[Candidate, Score], space: AssemblySpace, held_out: HeldOut, settings: dict, full_macs: float
-) -> Front:
-    latency = settings["objective"] == "latency"
-    full_cost = scores[space.full].details["milliseconds"] if latency else full_macs
-    points = {
-        candidate: Point(
-            space.assembly(candidate).to_dict(),
-            score.metric,
-            score.relative_cost * full_cost,
-            score.relative_cost,
-            score.details,
-        )
-        for candidate, score in scores.items()
-    }
-    return Front(
-        kind=space.kind,
-        objective=settings["objective"],
-        metric=held_out.metric,
-        greater_is_better=held_out.greater_is_better,
-        unit=held_out.unit,
-        runtime=settings["runtime"],
-        max_length=settings["max_length"],
-        full=points[space.full],
-        points=pareto(points.values(), held_out.greater_is_better),
-        scored=sorted(points.values(), key=lambda point: point.cost),
-    )

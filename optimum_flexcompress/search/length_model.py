@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..architectures import StackView, describe
@@ -97,12 +96,6 @@ class SearchedModel:
         finally:
             handle.remove()
         return LengthMacs(describe(model), lengths[0], full)
-
-    def update_digest(self, sha: Any) -> None:
-        """Feeds the weights into a digest of `hashlib`."""
-        for name, tensor in sorted(self.model.state_dict().items()):
-            sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
     def save(self, lengths: LengthConfig, folder: str | os.PathLike, metrics: Mapping[str, float]) -> None:
         """Writes the model with lengths set, ready to load.

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..errors import FlexCompressError
 from ..evaluation.benchmark import using_threads
-from ..evaluation.environment import busy_cores, environment_info
 from ..length_config import LENGTH_UNITS
-from ..output import check_output_folder
 from ..tasks.base import Task
-from .evolution import Candidate, Evolution
-from .front import FRONT_FILE, Front, Point, pareto
-from .held_out import HeldOut, open_held_out
-from .length_model import SearchedModel, open_model
+from .front import Front
+from .held_out import open_held_out
+from .length_model import open_model
 from .length_scoring import OBJECTIVES, RUNTIMES, LengthScorer, Timed, check_choice
 from .length_space import LengthSpace
-from .store import Score, close_storage, open_storage
+from .search_run import SearchRun
 
 
 logger = logging.getLogger(__name__)
-
-DATABASE = "search.db"
-FOCUS = 0.05
-"""Loss up to which configurations are bred from, unless the pick may lose half of that or more."""
 
 
 def search_lengths(
@@ -124,16 +113,14 @@ def search_lengths(
         check_choice("unit", unit, LENGTH_UNITS)
     if metric == "loss" and runtime != "pytorch":
         raise FlexCompressError("The loss is computed in PyTorch only: choose another metric, or runtime pytorch.")
-    asked = Front.check_limits(objective, max_drop, max_cost, max_latency)
-    if save_pick is not None:
-        if not asked:
-            raise FlexCompressError("save_pick needs something to pick by: give max_drop, max_cost or max_latency.")
-        check_output_folder(save_pick)
-    if picture and output is not None:
-        from .picture import draw_front
-    folder = None if output is None else check_search_folder(output)
-    database = None if storage is None else open_storage(storage)
-
+    run = SearchRun(
+        output,
+        storage,
+        objective=objective,
+        limits={"max_drop": max_drop, "max_cost": max_cost, "max_latency": max_latency},
+        save_pick=save_pick,
+        picture=picture,
+    )
     searched = open_model(model, task, processor)
     if not searched.trained:
         logger.warning(
@@ -176,32 +163,6 @@ def search_lengths(
             "new_tokens": new_tokens,
             **({"timed": asdict(timed)} if objective == "latency" else {}),
         }
-        environment = environment_info(threads)
-        if objective == "latency":
-            environment["busy_cores"] = busy_cores()
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        if database is None:
-            place = folder or Path(context.enter_context(tempfile.TemporaryDirectory(prefix="flexcompress-search-")))
-            database = open_storage(f"sqlite:///{place / DATABASE}")
-        context.callback(close_storage, database)
-        evolution = Evolution(
-            space,
-            database,
-            _study_name(settings, held_out, searched, environment),
-            greater_is_better=held_out.greater_is_better,
-            population=population,
-            trials=trials,
-            patience=2 * population if patience is None else patience,
-            focus=max(FOCUS, 2 * asked.get("max_drop", 0.0)),
-            seed=seed,
-        )
-        before = len(evolution.scores())
-        say(
-            f"Searching lengths of {searched.name} on {held_out.where}: {held_out.metric} against {objective}, {runtime}"
-        )
-        if before:
-            say(f"{before} configurations were scored before: going on from there")
         scorer = LengthScorer(
             searched.model,
             space,
@@ -212,85 +173,28 @@ def search_lengths(
             timed=timed,
             task=searched.task,
         )
-        with context.enter_context(scorer):
-            evolution.run(scorer, progress=progress)
-        front = _front(evolution.scores(), space, held_out, settings, macs.full)
-        front.environment = environment
-        front.options = {
-            **settings,
-            "model": searched.name,
-            "population": population,
-            "trials": trials,
-            "patience": evolution.patience,
-            "seed": seed,
-        }
 
-        def write() -> None:
-            if folder is not None:
-                front.save(folder)
-                if picture:
-                    draw_front(front, folder)
+        def save(front: Front, folder: str | os.PathLike) -> None:
+            searched.save(front.picked.lengths, folder, {front.metric: front.picked.metric})
 
-        write()
-        if folder is not None:
-            say(f"front: {folder / FRONT_FILE}")
-        if asked:
-            front.pick(max_drop, max_cost=max_cost, max_latency=max_latency)
-            write()
-            if save_pick is not None:
-                searched.save(front.picked.lengths, save_pick, {front.metric: front.picked.metric})
-    return front
-
-
-def check_search_folder(output: str | os.PathLike) -> Path:
-    """The folder of a search, which may hold an earlier one.
-
-    Raises:
-        FlexCompressError: It holds something else, or cannot be written.
-    """
-    folder = check_output_folder(output, overwrite=True)
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not any((folder / file).exists() for file in (DATABASE, FRONT_FILE))
-    ):
-        raise FlexCompressError(f"{folder} is not empty and holds no earlier search: choose another folder.")
-    return folder
-
-
-def _study_name(settings: dict, held_out: HeldOut, model: SearchedModel, environment: dict) -> str:
-    """The same for the same search, so that it goes on, and for no other, so that scores do not mix."""
-    sha = hashlib.sha256(json.dumps([settings, held_out.digest()], sort_keys=True).encode())
-    if settings["objective"] == "latency":
-        sha.update(str(environment["cpu"]).encode())
-    model.update_digest(sha)
-    return f"lengths-{sha.hexdigest()[:24]}"
-
-
-def _front(
-    scores: dict[Candidate, Score], space: LengthSpace, held_out: HeldOut, settings: dict, full_macs: int
-) -> Front:
-    latency = settings["objective"] == "latency"
-    full_cost = scores[space.full].details["milliseconds"] if latency else full_macs
-    points = {
-        candidate: Point(
-            space.config(candidate).to_dict(),
-            score.metric,
-            score.relative_cost * full_cost if latency else score.details["macs"],
-            score.relative_cost,
-            score.details,
-        )
-        for candidate, score in scores.items()
-    }
-    return Front(
-        kind=space.kind,
-        objective=settings["objective"],
-        metric=held_out.metric,
-        greater_is_better=held_out.greater_is_better,
-        unit=held_out.unit,
-        runtime=settings["runtime"],
-        max_length=space.max_length,
-        full=points[space.full],
-        points=pareto(points.values(), held_out.greater_is_better),
-        scored=sorted(points.values(), key=lambda point: point.cost),
-    )
+        with scorer:
+            return run(
+                space,
+                scorer,
+                held_out,
+                settings=settings,
+                options={"model": searched.name},
+                weights=[searched.model],
+                full_macs=macs.full,
+                describe=lambda candidate: space.config(candidate).to_dict(),
+                save=save,
+                title=f"Searching lengths of {searched.name} on {held_out.where}: {held_out.metric} against {objective}, "
+                f"{runtime}",
+                plural="configurations",
+                population=population,
+                trials=trials,
+                patience=patience,
+                seed=seed,
+                progress=progress,
+                say=say,
+            )
