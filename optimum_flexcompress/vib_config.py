@@ -54,9 +54,12 @@ class VIBPruningConfig(MethodConfig):
             what they were.
         uniform: Every layer gets the same sizes and keeps all its sub-layers, such that a stock configuration can
             express the result, which then loads without this package.
-        prune: Which structures have masks: `hidden`, `heads`, `ffn`, `sublayers`. A sub-layer of which all heads or
-            dims go is gone without the last, too. A mask on the whole of it takes what it has of worth with the rest,
-            which costs accuracy; it is for targets where being there has a price of its own, such as latency.
+        prune: Which structures have masks: `hidden`, `heads`, `ffn`, `sublayers`. `None` takes `heads` and `ffn`, and
+            with `include_embeddings` also `hidden`, the only one that embeddings have. A dim of the residual stream
+            goes out of every layer at once, whether it needs it or not, which costs more accuracy than the same
+            number of parameters in heads and FFN dims. A sub-layer of which all heads or dims go is gone without the
+            last, too. A mask on the whole of it takes what it has of worth with the rest, which costs accuracy; it is
+            for targets where being there has a price of its own, such as latency.
         warmup_fraction: Share of the steps of the warm-up.
         ramp_fraction: Share of the steps of the ramp.
         hold_fraction: Share of the steps of the hold; in mode `faster` the hold has all the rest.
@@ -91,7 +94,7 @@ class VIBPruningConfig(MethodConfig):
     lora: dict[str, Any] = field(default_factory=dict)
     align: int = 8
     uniform: bool = False
-    prune: list[str] = field(default_factory=lambda: ["hidden", "heads", "ffn"])
+    prune: list[str] | None = None
     warmup_fraction: float = 0.05
     ramp_fraction: float = 0.4
     hold_fraction: float = 0.15
@@ -113,6 +116,8 @@ class VIBPruningConfig(MethodConfig):
             if value not in choices:
                 raise FlexCompressError(f"vib_pruning.{name} is {value!r}.{nearest(str(value), choices)}")
         self._check_recovery()
+        if self.prune is None:
+            self.prune = ["hidden", "heads", "ffn"] if self.include_embeddings else ["heads", "ffn"]
         if isinstance(self.prune, str) or not isinstance(self.prune, Sequence) or not self.prune:
             raise FlexCompressError(f"vib_pruning.prune is {self.prune!r}: give a list of {', '.join(KINDS)}.")
         for kind in self.prune:

@@ -24,8 +24,8 @@ from statistics import median
 import psutil
 import torch
 from staged import write_json
-from train_overhead import Lockstep, build_data, build_models
-from transformers import Trainer, TrainingArguments
+from train_overhead import Lockstep, build_data, build_models, quiet_arguments
+from transformers import Trainer
 
 from optimum_flexcompress import FlexCompressConfig, FlexCompressTrainer, LengthAdaptiveConfig
 from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
@@ -43,17 +43,7 @@ TARGETED, TIME_TARGET, MEMORY_TARGET = "2 random sub-models", 3.6, 1.15
 
 def trainer_of(name: str, batch_size: int, length: int, folder: str, cuda: bool, steps: int = 1_000_000) -> Trainer:
     model, _ = build_models(length)
-    args = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=batch_size,
-        max_steps=steps,
-        learning_rate=1e-5,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        log_level="error",
-        use_cpu=not cuda,
-    )
+    args = quiet_arguments(folder, batch_size, cuda, steps)
     data = build_data(length, batch_size)
     if name == PLAIN:
         return Trainer(model=model, args=args, train_dataset=data)

@@ -116,22 +116,27 @@ def build_data(length: int, batch_size: int) -> Dataset:
     ).with_format("torch")
 
 
-def measure(length: int, batch_size: int, options: argparse.Namespace, folder: str) -> dict:
-    """Timings and overheads at one length."""
-    teacher, student = build_models(length)
-    data = build_data(length, batch_size)
-    args = TrainingArguments(
+def quiet_arguments(folder: str, batch_size: int, cuda: bool, steps: int = 1_000_000) -> TrainingArguments:
+    """Arguments of trainings that are only timed."""
+    return TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=batch_size,
-        max_steps=1_000_000,
+        max_steps=steps,
         learning_rate=1e-5,
         save_strategy="no",
         logging_steps=10,
         report_to=[],
         disable_tqdm=True,
         log_level="error",
-        use_cpu=not options.cuda,
+        use_cpu=not cuda,
     )
+
+
+def measure(length: int, batch_size: int, options: argparse.Namespace, folder: str) -> dict:
+    """Timings and overheads at one length."""
+    teacher, student = build_models(length)
+    data = build_data(length, batch_size)
+    args = quiet_arguments(folder, batch_size, options.cuda)
     batch = {name: value.to(args.device) for name, value in data[:batch_size].items() if name != "labels"}
 
     def synchronise() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from ort_int8 import made_up, open_session, sentences, session_runner, torch_runner
-from train_overhead import Lockstep, build_data, build_models
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from train_overhead import Lockstep, build_data, build_models, quiet_arguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
 from optimum_flexcompress import FlexCompressConfig, FlexCompressTrainer, VIBPruningConfig
 from optimum_flexcompress.evaluation.latency import Timing, measure_side_by_side
@@ -103,18 +103,7 @@ def step_cost(threads: int, batch_size: int = 32, length: int = 64) -> dict[str,
     data = build_data(length, batch_size)
     masks = VIBPruningConfig(target_sparsity=0.7, warmup_fraction=0.0, ramp_fraction=0.8, hold_fraction=0.1)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        args = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=batch_size,
-            max_steps=1_000_000,
-            learning_rate=1e-5,
-            save_strategy="no",
-            logging_steps=10,
-            report_to=[],
-            disable_tqdm=True,
-            log_level="error",
-            use_cpu=not torch.cuda.is_available(),
-        )
+        args = quiet_arguments(folder, batch_size, torch.cuda.is_available())
 
         def trained() -> Any:
             copy = type(model)(model.config)
