@@ -21,6 +21,7 @@ from length_pipeline import LengthExperiment, add_arguments, run
 
 from optimum_flexcompress import LengthAdaptiveConfig
 from optimum_flexcompress.data import load_data, take
+from optimum_flexcompress.search import hold_out
 from optimum_flexcompress.tasks import get_task
 
 
@@ -36,12 +37,8 @@ PICKS = {
 def splits(source: str) -> DatasetDict:
     """Fixed random parts: reviews to train on, reviews to search on, reviews to report on."""
     data = load_data(source)
-    reviews = take(data["train"], TRAIN + HELD_OUT, SEED)
-    return DatasetDict(
-        train=reviews.select(range(TRAIN)),
-        validation=reviews.select(range(TRAIN, TRAIN + HELD_OUT)),
-        test=take(data["test"], TEST, SEED),
-    )
+    train, held_out = hold_out(take(data["train"], TRAIN + HELD_OUT, SEED), HELD_OUT, SEED)
+    return DatasetDict(train=train, validation=held_out, test=take(data["test"], TEST, SEED))
 
 
 def main() -> None:
