@@ -27,6 +27,7 @@ def measure_ranges(
     method: str = "mse",
     percentile: float = 99.99,
     progress: str | None = None,
+    symmetric: bool = False,
 ) -> dict[str, Range]:
     """Runs a model on examples and finds a range for each of its tensors.
 
@@ -39,6 +40,8 @@ def measure_ranges(
             the smallest squared error when rounded to 256 levels.
         percentile: In percent.
         progress: The text of a progress bar; None shows none.
+        symmetric: Whether numbers are going to be rounded to as many levels below zero as above it, which matters to
+            `mse`.
 
     Returns:
         `(low, high)` for each tensor.
@@ -70,6 +73,8 @@ def measure_ranges(
         edges = np.linspace(low[name], high[name], BINS + 1)
         if method == "percentile":
             ranges[name] = _percentile_range(histograms[name], edges, percentile)
+        elif symmetric:
+            ranges[name] = _least_symmetric_error_range(histograms[name], edges)
         else:
             ranges[name] = _least_error_range(histograms[name], edges)
     return ranges
@@ -135,3 +140,18 @@ def _least_error_range(counts: np.ndarray, edges: np.ndarray) -> Range:
         high = min((edges[-1] * fraction for fraction in _FRACTIONS), key=lambda end: error(low, end))
         low = min((edges[0] * fraction for fraction in _FRACTIONS), key=lambda start: error(start, high))
     return float(low), float(high)
+
+
+def _least_symmetric_error_range(counts: np.ndarray, edges: np.ndarray) -> Range:
+    """Shrinks the range around zero to where rounding to 127 levels on either side costs least."""
+    centers = (edges[:-1] + edges[1:]) / 2
+    bound = float(np.abs(edges).max())
+
+    def error(end: float) -> float:
+        if end == 0:
+            return float("inf")
+        rounded = np.clip(np.rint(centers / end * 127), -127, 127) * end / 127
+        return float((counts * (rounded - centers) ** 2).sum())
+
+    end = float(min((bound * fraction for fraction in _FRACTIONS), key=error))
+    return -end, end

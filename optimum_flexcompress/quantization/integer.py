@@ -34,9 +34,9 @@ class IntegerOptions:
         per_channel: One weight scale for each output feature instead of one for the matrix.
         reduce_range: 7-bit weights, for processors without VNNI.
         embeddings: Whether embedding tables become int8, with one scale for each row.
-        pairs: Whether products stay standard operators, with QuantizeLinear and DequantizeLinear pairs on their inputs
-            (symmetric int8), for runtimes such as TensorRT that make int8 kernels of such pairs themselves. Products
-            whose range is not known stay in single precision.
+        pairs: Whether products stay standard operators, with a QuantizeLinear and a DequantizeLinear on their inputs
+            (symmetric int8) and int8 weights behind a DequantizeLinear, for runtimes such as TensorRT that make int8
+            kernels of that themselves. Products whose range is not known stay in single precision.
         exclude: Names of nodes to leave in single precision.
     """
 
@@ -278,27 +278,41 @@ class _Writer:
             self.nodes.extend(product.nodes)
             return
         self.counts["static"] += 1
-        name = product.nodes[0].name
-        scale = np.float32(max(map(abs, self.ranges[product.source])) / 127 or 1.0)
-        source = self._pair(product.source, f"{name}_input", np.asarray(scale), None)
-        # TensorRT wants both halves of the pair on weights too, and folds them.
-        axis = (0 if product.transposed else 1) if self.options.per_channel else None
-        weight_scale = quantize_symmetric(to_array(self.scope.constants[product.weight]), axis)[1]
-        weight = self._pair(product.weight, f"{name}_weight", weight_scale, axis)
         copy = NodeProto()
         copy.CopyFrom(product.nodes[0])
-        copy.input[0], copy.input[1] = source, weight
+        copy.input[0], copy.input[1] = self._pair(product.source), self._stored(product)
+        # The bias stays a sum in floating point: TensorRT takes it into the product, and has no int32 biases.
         self.nodes.extend([copy, *product.nodes[1:]])
 
-    def _pair(self, tensor: str, name: str, scale: np.ndarray, axis: int | None) -> str:
-        scale_name = self._constant(f"{name}_scale", scale)
-        zero_name = self._constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8))
-        kwargs = {} if axis is None else {"axis": axis}
-        outputs = [f"{name}_quantized", f"{name}_dequantized"]
-        self._add("QuantizeLinear", [tensor, scale_name, zero_name], outputs[:1], f"{name}_QuantizeLinear", **kwargs)
-        names = [outputs[0], scale_name, zero_name]
-        self._add("DequantizeLinear", names, outputs[1:], f"{name}_DequantizeLinear", **kwargs)
-        return outputs[1]
+    def _pair(self, tensor: str) -> str:
+        """An activation, rounded and back; one pair for all products that read it, so that it is rounded once."""
+        if tensor not in self.sources:
+            scale = np.float32(max(map(abs, self.ranges[tensor])) / 127 or 1.0)
+            names = [tensor, self._constant(f"{tensor}_scale", np.asarray(scale))]
+            names.append(self._constant(f"{tensor}_zero_point", np.zeros((), np.int8)))
+            outputs = (f"{tensor}_quantized", f"{tensor}_dequantized")
+            self._add("QuantizeLinear", names, [outputs[0]], f"{tensor}_QuantizeLinear")
+            names[0] = outputs[0]
+            self._add("DequantizeLinear", names, [outputs[1]], f"{tensor}_DequantizeLinear")
+            self.sources[tensor] = (outputs[1], *names[1:])
+        return self.sources[tensor][0]
+
+    def _stored(self, product: _Product) -> str:
+        """A weight stored in int8, and what makes numbers of it; in the orientation of the original."""
+        key = (product.weight, product.transposed, False)
+        if key not in self.rounded:
+            # Along the output features, wherever those are.
+            axis = (0 if product.transposed else 1) if self.options.per_channel else None
+            weight = to_array(self.scope.constants[product.weight])
+            values, scale = quantize_symmetric(weight, axis, self.options.reduce_range)
+            base = f"{product.weight}{'.T' if product.transposed else ''}"
+            names = [self._constant(f"{base}_quantized", values), self._constant(f"{base}_scale", np.asarray(scale))]
+            names.append(self._constant(f"{base}_zero_point", np.zeros(np.shape(scale), np.int8)))
+            output = f"{base}_dequantized"
+            kwargs = {} if axis is None else {"axis": axis}
+            self._add("DequantizeLinear", names, [output], f"{base}_DequantizeLinear", **kwargs)
+            self.rounded[key] = (output, names[1])
+        return self.rounded[key][0]
 
     def table(self, node: NodeProto) -> bool:
         """Writes a lookup in an embedding table; False where `node` is something else."""

@@ -282,6 +282,7 @@ class FlexORTQuantizer(ORTQuantizer):
                 config.calibration_method,
                 config.percentile,
                 f"Calibrating {file.stem}" if progress else None,
+                symmetric=target.symmetric,
             )
         fused: dict[str, int] = {}
         if not target.qdq:

@@ -152,14 +152,3 @@ def test_reduced_range_fits_seven_bits(exported, tmp_path):
         values = [value for value in values if value.size >= 32 * 32]
         largest[target] = max(int(np.abs(value.astype(int)).max()) for value in values)
     assert largest == {"avx2": 64, "avx512": 64, "avx512_vnni": 127, "arm64": 127}
-
-
-def test_tensorrt_gets_symmetric_pairs(exported, tmp_path):
-    model, folder = exported("bert", "BertForSequenceClassification", "stock")
-    quantize_folder(folder, tmp_path / "int8", "static", "tensorrt", calibration_dataset=examples(model))
-    graph = load_model(tmp_path / "int8" / "model.onnx").graph
-    assert {node.domain for node in graph.node} == {""}
-    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 2 * 20
-    int8 = ort.ORTModelForSequenceClassification.from_pretrained(tmp_path / "int8")
-    inputs = inputs_for(model)
-    assert relative_error(int8(**inputs).logits.numpy(), outputs_of(model, inputs)["logits"].numpy()) < 0.2

@@ -120,11 +120,32 @@ def test_pairs_for_runtimes_with_kernels_of_their_own():
     x = random(50, 64)
     model = model_of(linear(), {"l.w": random(64, 48), "l.b": random(48)}, ["y"])
     counts = check(model, {"x": x}, IntegerOptions(pairs=True), {"x": (float(x.min()), float(x.max()))})
-    assert types(model) == ["QuantizeLinear", "DequantizeLinear"] * 2 + ["MatMul", "Add"] and counts["static"] == 1
+    assert types(model) == ["QuantizeLinear", "DequantizeLinear", "DequantizeLinear", "MatMul", "Add"]
+    assert counts["static"] == 1 and float_weights(model) == 0
     zeros = [numpy_helper.to_array(t) for t in model.graph.initializer if t.name.endswith("zero_point")]
     assert len(zeros) == 2 and all(zero.dtype == np.int8 and not zero.any() for zero in zeros)
     scales = {t.name: list(t.dims) for t in model.graph.initializer if t.name.endswith("scale")}
     assert sorted(scales.values()) == [[], [48]]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_pairs_are_shared_and_keep_the_orientation(per_channel):
+    x = random(50, 64)
+    nodes = [
+        *linear(),
+        helper.make_node("Gemm", ["x", "g.w", "g.b"], ["z"], name="g", transB=1),
+        helper.make_node("MatMul", ["x", "l.w"], ["again"], name="again"),
+    ]
+    tensors = {"l.w": random(64, 48), "l.b": random(48), "g.w": random(32, 64), "g.b": random(32)}
+    model = model_of(nodes, tensors, ["y", "z", "again"])
+    options = IntegerOptions(pairs=True, per_channel=per_channel)
+    counts = check(model, {"x": x}, options, {"x": (float(x.min()), float(x.max()))})
+    # One rounding of x, and each weight once.
+    assert counts["static"] == 3 and types(model).count("QuantizeLinear") == 1
+    axes = {node.input[0]: node.attribute[0].i if node.attribute else None
+            for node in model.graph.node if node.op_type == "DequantizeLinear"}  # fmt: skip
+    expected = {"l.w_quantized": 1, "g.w.T_quantized": 0} if per_channel else dict.fromkeys(axes, None)
+    assert axes == {"x_quantized": None, **expected}
 
 
 def test_per_channel_is_more_exact_than_per_tensor():
