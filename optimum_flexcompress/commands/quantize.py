@@ -32,7 +32,11 @@ optimum-cli flexcompress quantize -m length-adaptive --length-config 315,251,242
         required.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder for the int8 model.")
         required.add_argument("--task", help="What the model is for (default: read from its config.json).")
         how = parser.add_argument_group("how")
-        how.add_argument("--backend", default="ort", help="The runtime: ort, for ONNX Runtime (default: %(default)s).")
+        how.add_argument(
+            "--backend",
+            default="ort",
+            help="The runtime: ort, for ONNX Runtime, or torchao, for PyTorch on CUDA (default: %(default)s).",
+        )
         how.add_argument(
             "--mode",
             default="dynamic",

@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..errors import FlexCompressError
+from ..quantization.saved import has_saved, peek_saved, read_saved
 from ..tasks import get_task, infer_task
 from ..tasks.base import Task, load_pretrained, set_padding
 from .cost import ONNX_ENDINGS, PYTORCH_ENDINGS, weight_files
@@ -112,7 +113,23 @@ class Artifact:
         Returns:
             An array, or a tuple of arrays (start and end logits).
         """
-        return to_numpy(self.task.read_output(self.forward(batch), batch))
+        return to_numpy(self.outputs(batch))
+
+    def outputs(self, batch: Mapping[str, torch.Tensor]) -> Any:
+        """What the task's metrics read of a model's output.
+
+        Args:
+            batch: Tensors by name.
+
+        Returns:
+            A tensor, or a tuple of tensors (start and end logits).
+        """
+        return self.task.read_output(self.forward(batch), batch)
+
+    @property
+    def torch_model(self) -> torch.nn.Module | None:
+        """The PyTorch model, where this process holds one."""
+        return self.model if self.backend == "pytorch" else None
 
 
 def to_numpy(outputs: Any) -> Any:
@@ -163,6 +180,13 @@ def find_backend(path: str | os.PathLike) -> str:
         FlexCompressError: It holds no weights, or weights for more than one runtime.
     """
     path = Path(path)
+    if has_saved(folder := path.parent if path.is_file() else path):
+        backend = peek_saved(folder).backend
+        if backend not in BACKENDS:
+            raise FlexCompressError(
+                f"{path} is for the backend {backend}, which this version does not know: upgrade optimum-flexcompress."
+            )
+        return backend
     files = [path] if path.is_file() else weight_files(path)
     found = {
         backend
@@ -196,6 +220,13 @@ def model_artifact(model: Any, task: Task, path: str | os.PathLike = "model") ->
     """
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(model.dtype, str(model.dtype))
     return Artifact(Path(path), task, "pytorch", dtype, model, model.config, _forward_arguments(model))
+
+
+def _open_torchao(path: Path, task: Task, threads: int | None, options: dict[str, Any]) -> Artifact:
+    folder = path.parent if path.is_file() else path
+    read_saved(folder, "torchao")
+    model = task.load_model(folder, **options).eval()
+    return Artifact(path, task, "torchao", "int8", model, model.config, _forward_arguments(model))
 
 
 def _forward_arguments(model: torch.nn.Module) -> frozenset[str]:
@@ -255,4 +286,5 @@ def _float_type(graph: Path) -> str:
 BACKENDS: dict[str, Callable[[Path, Task, int | None, dict[str, Any]], Artifact]] = {
     "onnxruntime": _open_onnx,
     "pytorch": _open_pytorch,
+    "torchao": _open_torchao,
 }

@@ -123,7 +123,7 @@ def explain_words(
     able = [
         name
         for name, artifact in artifacts.items()
-        if artifact.backend == "pytorch" and hasattr(artifact.config, LENGTHS_KEY)
+        if artifact.torch_model is not None and hasattr(artifact.config, LENGTHS_KEY)
     ]
     traces: dict[str, dict[str, Any]] = {}
     for name, lengths in dropping.items():

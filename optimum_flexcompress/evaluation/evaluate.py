@@ -68,7 +68,7 @@ def evaluate_artifact(
         if prepared.generation:
             output: Any = artifact.generate(batch, max_new_tokens=max_new_tokens, do_sample=False)
         else:
-            output = artifact.task.read_output(artifact.forward(batch), batch)
+            output = artifact.outputs(batch)
         if prepared.preprocess_logits is not None:
             output = prepared.preprocess_logits(output, labels[0])
         collected.append((to_numpy(output), to_numpy(labels)))

@@ -55,6 +55,12 @@ BACKENDS = {
             "optimum_flexcompress.quantization.targets:find_target",
             "optimum_flexcompress.quantization.folder:quantize_folder",
         ),
+        Backend(
+            "torchao",
+            "PyTorch on CUDA, through torchao",
+            "optimum_flexcompress.quantization.torchao_int8:find_target",
+            "optimum_flexcompress.quantization.torchao_int8:quantize_torchao",
+        ),
     )
 }
 
