@@ -16,6 +16,8 @@ class BenchmarkCommand(FlexCompressCommand):
 optimum-cli flexcompress benchmark student student-int8 --baseline teacher --dataset banking77/test.csv -o report
 optimum-cli flexcompress benchmark student --baseline teacher --dataset reviews.csv --columns text=review label=stars \\
     --batch-sizes 1 32 --lengths 128 384 --threads 2 -o report
+optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.venv-ipex/bin/python \\
+    --baseline teacher --dataset banking77/test.csv -o report
 """
 
     @staticmethod
@@ -108,6 +110,13 @@ optimum-cli flexcompress benchmark student --baseline teacher --dataset reviews.
             help="Rough bound for timing one shape, all models together (default: 60).",
         )
         timing.add_argument("--threads", type=int, metavar="N", help="Threads for PyTorch and ONNX Runtime.")
+        timing.add_argument(
+            "--python",
+            action="append",
+            default=[],
+            metavar="LANE=PATH",
+            help="Interpreter of another environment, for models that need it, such as ipex=.venv-ipex/bin/python.",
+        )
         timing.add_argument("--no-memory", action="store_true", help="Do not measure peak memory.")
         result = parser.add_argument_group("result")
         result.add_argument("--json", action="store_true", help="Print the report as JSON instead of tables.")
@@ -122,6 +131,7 @@ optimum-cli flexcompress benchmark student --baseline teacher --dataset reviews.
         import sys
 
         from optimum_flexcompress.evaluation import run_benchmark
+        from optimum_flexcompress.evaluation.lanes import read_interpreters
 
         args = self.args
         report = run_benchmark(
@@ -146,6 +156,7 @@ optimum-cli flexcompress benchmark student --baseline teacher --dataset reviews.
             memory=not args.no_memory,
             html=not args.no_html,
             overwrite=args.overwrite,
+            interpreters=read_interpreters(args.python),
         )
         print(report.to_json() if args.json else report, end="" if args.json else "\n")
         if args.output is not None:

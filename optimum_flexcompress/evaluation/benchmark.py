@@ -20,13 +20,14 @@ from ..output import atomic_folder, check_output_folder
 from ..tasks import get_task, infer_task
 from ..tasks.base import Prepared, Task
 from ..tasks.labels import names_of_model
-from .artifact import Artifact, open_artifact
+from .artifact import Artifact
 from .compare import compare_predictions
 from .cost import count_macs, count_parameters, file_size, skeleton
 from .dropping import explain_words, kept_by_layer, lengths_in
 from .environment import busy_cores, environment_info
 from .evaluate import Evaluation, evaluate_artifact, stream_batches
 from .inputs import example_batch
+from .lanes import LaneArtifact, Lanes
 from .memory import measure_peak_memory
 from .models import check_same_inputs, name_models
 from .report import ModelResult, Report
@@ -62,11 +63,13 @@ def run_benchmark(
     overwrite: bool = False,
     dataset_name: str | None = None,
     progress: bool = True,
+    interpreters: Mapping[str, str | os.PathLike] | None = None,
 ) -> Report:
     """Measures models: metric, agreement with the baseline, size, MACs, latency, throughput, memory.
 
     All models are open at once and timed in interleaved rounds, so that speed-ups are ratios of figures taken side by
-    side. Memory is measured in a process of its own for each model.
+    side. Memory is measured in a process of its own for each model. A model that needs another environment, its lane,
+    is opened and timed by a worker process of that environment's interpreter, in the same rounds.
 
     Args:
         folders: The models: `{name: folder}`, or folders, which then name themselves. See [`open_artifact`].
@@ -93,12 +96,14 @@ def run_benchmark(
         overwrite: Whether `output` may be replaced.
         dataset_name: Its name in the report; None: the name of the file or folder.
         progress: Whether to show progress bars.
+        interpreters: Lane -> interpreter of its environment: `{"ipex": ".venv-ipex/bin/python"}`.
 
     Returns:
         The report; `str(report)` is the table.
 
     Raises:
-        FlexCompressError: A model or the data set cannot be opened, or they do not fit together.
+        FlexCompressError: A model or the data set cannot be opened, they do not fit together, or a model needs a lane
+            that has no interpreter.
         MissingExtraError: The page was asked for, and matplotlib or Jinja2 is missing.
     """
     if data is None:
@@ -112,8 +117,10 @@ def run_benchmark(
         raise FlexCompressError(f"sentence is {len(sentence)} texts: give one, or two for a task that reads pairs.")
     paths, baseline = name_models(folders, baseline)
     task = get_task(task if task is not None else infer_task(paths[baseline]))
-    with using_threads(threads) as threads:
-        artifacts = {name: open_artifact(path, task, threads=threads) for name, path in paths.items()}
+    with using_threads(threads) as threads, Lanes(interpreters, threads) as lanes:
+        # Before anything is opened, which takes a while.
+        pythons = {name: lanes.interpreter_for(path) for name, path in paths.items()}
+        artifacts = {name: lanes.open(path, task) for name, path in paths.items()}
         loaded = load_data(data)
         split = select_split(loaded, split)
         evaluated = take(loaded[split], max_samples)
@@ -161,6 +168,7 @@ def run_benchmark(
                     length=max(lengths),
                     threads=threads,
                     max_new_tokens=new_tokens if generates(task) else 0,
+                    python=pythons[name],
                 )
 
         report = Report(
@@ -175,7 +183,7 @@ def run_benchmark(
             greater_is_better=prepared.greater_is_better,
             baseline=baseline,
             models=[results[baseline], *(result for name, result in results.items() if name != baseline)],
-            environment={**environment_info(threads), "busy_cores": busy},
+            environment={**environment_info(threads), "busy_cores": busy, **lanes.environments()},
             settings={
                 "max_length": max_length or task.default_max_length,
                 "max_samples": max_samples or "all",
@@ -285,7 +293,9 @@ def _evaluate(
 def _describe(
     name: str, artifact: Artifact, evaluation: Evaluation, lengths: Sequence[int], new_tokens: int, rows: Dataset
 ) -> ModelResult:
-    model = artifact.model if artifact.backend == "pytorch" else skeleton(artifact.folder, artifact.task)
+    model = artifact.torch_model
+    if model is None:
+        model = skeleton(artifact.folder, artifact.task)
     macs = {}
     for length in lengths if artifact.task.name != "image-classification" else [0]:
         batch = forward_inputs(artifact, example_batch(artifact.config, artifact.task, 1, length), new_tokens)
@@ -297,6 +307,7 @@ def _describe(
         path=str(artifact.path),
         backend=artifact.backend,
         precision=artifact.precision,
+        lane=artifact.worker.lane if isinstance(artifact, LaneArtifact) else None,
         parameters=count_parameters(model),
         size=file_size(artifact.path),
         macs=macs,

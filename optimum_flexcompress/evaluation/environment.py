@@ -36,6 +36,8 @@ PACKAGES = (
     "optimum-onnx",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
     "intel-extension-for-pytorch",
     "openvino",
     "nncf",
@@ -43,6 +45,10 @@ PACKAGES = (
     "datasets",
     "numpy",
 )
+
+
+# What one line has room for.
+_NAMED = ("torch", "transformers", "onnxruntime", "intel-extension-for-pytorch")
 
 
 def environment_info(threads: int | None = None) -> dict[str, Any]:
@@ -76,11 +82,12 @@ def describe_environment(info: dict[str, Any]) -> str:
         info: What [`environment_info`] returned.
     """
     versions = info["versions"]
-    named = ", ".join(
-        f"{name} {versions[name]}" for name in ("torch", "transformers", "onnxruntime") if name in versions
-    )
+    named = ", ".join(f"{name} {versions[name]}" for name in _NAMED if name in versions)
     flags = " ".join(info["flags"]) or "no int8 instruction sets found"
     text = f"{info['cpu']} ({info['usable_cores']} cores; {flags}), {info['threads']} threads; {named}"
+    for lane, other in info.get("lanes", {}).items():
+        named = ", ".join(f"{name} {other['versions'][name]}" for name in _NAMED if name in other["versions"])
+        text += f"; lane {lane}: {named}"
     if (info.get("busy_cores") or 0.0) > BUSY:
         text += (
             f". Other processes kept {info['busy_cores']:.1f} cores busy before the timing began: times and speed-ups "

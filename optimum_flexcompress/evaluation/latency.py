@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -63,8 +63,25 @@ class Timing:
         return float(np.median(np.divide(baseline.seconds, self.seconds)))
 
 
+class TimesItself(Protocol):
+    """Something to be timed that runs in another process."""
+
+    def timeit(self, calls: int) -> float:
+        """Mean seconds of so many calls, after untimed ones."""
+        ...
+
+
+def local_timer(function: Callable[[], Any], threads: int) -> Callable[[int], float]:
+    """What takes one sample: called with a number of calls, it returns the mean seconds of one.
+
+    torch's timer runs the function untimed, twice, before.
+    """
+    timer = Timer("run()", globals={"run": function}, num_threads=threads)
+    return lambda calls: timer.timeit(calls).mean
+
+
 def measure_side_by_side(
-    candidates: Mapping[str, Callable[[], Any]],
+    candidates: Mapping[str, Callable[[], Any] | TimesItself],
     *,
     rounds: int = 15,
     warmup: int = 2,
@@ -81,7 +98,8 @@ def measure_side_by_side(
     model, and torch's timer runs the candidate untimed (twice), because the caches hold the previous one's weights.
 
     Args:
-        candidates: Name -> what to time, called without arguments.
+        candidates: Name -> what to time, called without arguments; or an object with `timeit(calls) -> seconds`, which
+            does for itself, in a process of its own, what [`local_timer`] does, and is idle again afterwards.
         rounds: Samples for each candidate, at least 3.
         warmup: Calls before the first round, beside the timer's own; they tell how long a call takes.
         min_sample_seconds: Short calls are repeated within a sample until it takes about this long.
@@ -103,11 +121,13 @@ def measure_side_by_side(
         raise FlexCompressError(f"{rounds} rounds give no median and spread: ask for at least 3.")
     threads = threads if threads is not None else torch.get_num_threads()
     timers = {
-        name: Timer("run()", globals={"run": function}, num_threads=threads) for name, function in candidates.items()
+        name: getattr(candidate, "timeit", None) or local_timer(candidate, threads)
+        for name, candidate in candidates.items()
     }
     calls, once = {}, {}
     for name, timer in timers.items():
-        once[name] = timer.timeit(max(warmup, 1)).mean
+        wait_for_idle_threads()
+        once[name] = timer(max(warmup, 1))
         calls[name] = max(1, int(np.ceil(min_sample_seconds / once[name])))
     if max_seconds is not None:
         one_round = sum(once[name] * (calls[name] + UNTIMED_CALLS) for name in timers)
@@ -119,7 +139,7 @@ def measure_side_by_side(
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             wait_for_idle_threads()
-            seconds[name].append(timers[name].timeit(calls[name]).mean)
+            seconds[name].append(timers[name](calls[name]))
     return {name: Timing.of(values, calls[name], threads) for name, values in seconds.items()}
 
 

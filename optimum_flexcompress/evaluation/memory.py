@@ -23,6 +23,7 @@ def measure_peak_memory(
     threads: int | None = None,
     max_new_tokens: int = 0,
     timeout: float = 900.0,
+    python: str | None = None,
 ) -> dict[str, int]:
     """Opens a model in a new process, runs it, and reads the most memory that the process ever held.
 
@@ -34,6 +35,7 @@ def measure_peak_memory(
         threads: Threads.
         max_new_tokens: For generating models, how many tokens to generate.
         timeout: Seconds to wait.
+        python: The interpreter of another environment, for a model that needs it; None is this one.
 
     Returns:
         Bytes of resident memory: `peak`; `imports`, what the process held before the model was opened (the
@@ -43,14 +45,15 @@ def measure_peak_memory(
         FlexCompressError: There is no model, or the process failed; the message carries its last line.
     """
     find_backend(path)  # what is no model is said here, before a process is started for it
-    command = [sys.executable, "-m", __name__, str(path), "--task", task, "--batch-size", str(batch_size)]
+    command = [python or sys.executable, "-m", __name__, str(path), "--task", task, "--batch-size", str(batch_size)]
     command += ["--length", str(length), "--max-new-tokens", str(max_new_tokens)]
     if threads is not None:
         command += ["--threads", str(threads)]
-    # The new process must find this very package, also where it is not installed.
-    root = str(Path(__file__).parents[2])
-    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": search, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if python is None:
+        # The new process must find this very package, also where it is not installed.
+        root = str(Path(__file__).parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
     except subprocess.TimeoutExpired as error:

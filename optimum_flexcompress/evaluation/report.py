@@ -39,6 +39,7 @@ class ModelResult:
         path: Where it was opened.
         backend: What ran it.
         precision: `fp32`, `int8`, ...
+        lane: The environment of another interpreter that it ran in; None is the benchmark's own.
         parameters: Their number, tied ones once.
         size: Bytes of its weights on disk.
         macs: Multiply-accumulates for one input, by its length in tokens (or `image`).
@@ -48,7 +49,8 @@ class ModelResult:
         latency: By shape (`1x128`: batch 1, 128 tokens; `1x128+32`: and 32 generated ones): `median` and `iqr` in
             seconds, `samples`, `calls`, `threads`, `throughput` in inputs (or generated tokens) per second, and
             `speedup` over the baseline.
-        stream: The same for inputs of real lengths one by one: seconds for one, `p95`, `mean_length`, `rows`.
+        stream: The same for inputs of real lengths one by one: seconds for one, `p95`, `mean_length`, `rows`, and
+            `first_pass`, the mean seconds for one when none of them had been seen before.
         memory: Bytes, what [`optimum_flexcompress.evaluation.measure_peak_memory`] returned.
         lengths: Of a model that drops tokens: its length configuration (`config`) and what it comes to, as tokens of
             an input and tokens left after each layer: for the longest length that was timed (`kept`), and on average
@@ -71,6 +73,7 @@ class ModelResult:
     stream: dict[str, Any] | None = None
     memory: dict[str, int] | None = None
     lengths: dict[str, Any] | None = None
+    lane: str | None = None
     words: dict[str, Any] | None = None
 
 

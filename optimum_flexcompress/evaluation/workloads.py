@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from ..tasks.base import Task
 from .artifact import Artifact
 from .inputs import example_batch
-from .latency import Timing, measure_side_by_side
+from .lanes import LaneArtifact, LaneRun
+from .latency import TimesItself, Timing, measure_side_by_side
 
 
 # Their rows are blocks of equal length: there are no real lengths to time.
@@ -41,8 +43,10 @@ def timed_shapes(
     return [(f"{size}x{length}{suffix}", size, length) for length in lengths for size in batch_sizes]
 
 
-def runner(artifact: Artifact, batch: dict[str, torch.Tensor], new_tokens: int) -> Callable[[], Any]:
+def runner(artifact: Artifact, batch: dict[str, torch.Tensor], new_tokens: int) -> Callable[[], Any] | TimesItself:
     """What is timed of a model: generating `new_tokens` tokens where that is what it is for, else one forward pass."""
+    if isinstance(artifact, LaneArtifact):
+        return artifact.prepare_run([batch], new_tokens, stream=False)
     if generates(artifact.task):
         # Exactly as many tokens for every model: one that stops early would look fast.
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "num_beams": 1}
@@ -62,7 +66,8 @@ def time_shape(
         name: runner(artifact, example_batch(artifact.config, artifact.task, batch_size, length), new_tokens)
         for name, artifact in artifacts.items()
     }
-    return measure_side_by_side(runs, description=f"Timing {shape}", **timing)
+    with _forgetting(runs):
+        return measure_side_by_side(runs, description=f"Timing {shape}", **timing)
 
 
 def timing_dict(timing: Timing, baseline: Timing, produced: float) -> dict[str, Any]:
@@ -80,11 +85,11 @@ def time_stream(
     new_tokens: int,
     timing: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    runs = {
-        name: StreamRun([runner(artifact, batch, new_tokens) for batch in batches])
-        for name, artifact in artifacts.items()
-    }
-    timings = measure_side_by_side(runs, warmup=1, min_sample_seconds=0.0, description="Timing real lengths", **timing)
+    runs = {name: stream_runner(artifact, batches, new_tokens) for name, artifact in artifacts.items()}
+    options = {"warmup": 1, "min_sample_seconds": 0.0, "description": "Timing real lengths"}
+    with _forgetting(runs):
+        timings = measure_side_by_side(runs, **options, **timing)
+        passes = {name: run.passes for name, run in runs.items()}
     results = {}
     for name, measured in timings.items():
         rows = len(batches)
@@ -93,11 +98,35 @@ def time_stream(
             **per_row.to_dict(),
             "throughput": 1 / per_row.median,
             "speedup": measured.speedup_over(timings[baseline]),
-            "p95": float(np.percentile(runs[name].per_row(measured.samples), 95)),
+            "p95": float(np.percentile(median_by_row(passes[name], measured.samples), 95)),
+            "first_pass": float(np.mean(passes[name][0])),
             "rows": rows,
             "mean_length": float(np.mean([int(batch["attention_mask"].sum()) for batch in batches])),
         }
     return results
+
+
+def stream_runner(
+    artifact: Artifact, batches: list[dict[str, torch.Tensor]], new_tokens: int
+) -> StreamRun | TimesItself:
+    """Requests one after the other; `passes` of the result holds the seconds of each."""
+    if isinstance(artifact, LaneArtifact):
+        return artifact.prepare_run(batches, new_tokens, stream=True)
+    return StreamRun([runner(artifact, batch, new_tokens) for batch in batches])
+
+
+@contextmanager
+def _forgetting(runs: Mapping[str, Any]) -> Iterator[None]:
+    """Lets workers drop their batches afterwards."""
+    yield
+    for run in runs.values():
+        if isinstance(run, LaneRun):
+            run.close()
+
+
+def median_by_row(passes: Sequence[Sequence[float]], last: int) -> np.ndarray:
+    """The median seconds of each request over the last passes, `(requests,)`."""
+    return np.median(np.asarray(passes[-last:]), axis=0)
 
 
 class StreamRun:
@@ -118,7 +147,3 @@ class StreamRun:
             function()
             seconds.append(time.perf_counter() - start)
         self.passes.append(seconds)
-
-    def per_row(self, last: int) -> np.ndarray:
-        """The median seconds of each request over the last passes, `(requests,)`."""
-        return np.median(np.asarray(self.passes[-last:]), axis=0)
