@@ -13,6 +13,7 @@ from optimum.onnxruntime import ORTModelForSequenceClassification
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer
 
+from optimum_flexcompress import set_lengths
 from optimum_flexcompress.export import export_onnx
 from optimum_flexcompress.export.graph import load_model
 from optimum_flexcompress.export.probe import open_session
@@ -21,7 +22,7 @@ from optimum_flexcompress.quantization.calibration import measure_ranges
 from tests.export.exported import relative_error
 from tests.quantization.test_families import examples
 from tests.quantization.test_integer import linear, model_of, random
-from tests.tiny import inputs_for, outputs_of
+from tests.tiny import build, inputs_for, outputs_of
 
 
 QUESTIONS = Path(__file__).parents[2] / "examples" / "data" / "banking77" / "test.csv"
@@ -75,6 +76,16 @@ def test_it_computes_what_the_model_computes(converted):
     int8 = ORTModelForSequenceClassification.from_pretrained(folder)
     inputs = inputs_for(model)
     assert 0 < relative_error(int8(**inputs).logits.numpy(), outputs_of(model, inputs)["logits"].numpy()) < 0.2
+
+
+def test_dropping_tokens_takes_standard_operators_only(tmp_path):
+    model = set_lengths(build("bert", "BertForSequenceClassification"), [6, 4, 3])
+    quantize_folder(model, tmp_path / "int8", "static", "tensorrt", calibration_dataset=examples(model))
+    onnx_model = load_model(tmp_path / "int8" / "model.onnx")
+    kinds = {node.op_type for node in onnx_model.graph.node}
+    assert {node.domain for node in onnx_model.graph.node} == {""} and {"TopK", "QuantizeLinear"} <= kinds
+    int8 = ORTModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+    assert int8(**inputs_for(model, batch=2, length=9)).logits.isfinite().all()
 
 
 def test_ranges_around_zero_fit_the_rounding():
