@@ -7,7 +7,6 @@ instead: `weight_int8`, `weight_scale`, and an empty `weight`, at which loading 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -25,8 +24,6 @@ def require_torchao() -> None:
     """Raises MissingExtraError where torchao is not installed."""
     if importlib.util.find_spec("torchao") is None:
         raise MissingExtraError("torchao", "torchao")
-    # It warns of kernels for data-centre GPUs whenever this machine has none.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
 def round_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

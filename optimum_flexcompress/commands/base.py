@@ -6,6 +6,7 @@ Nothing here may import torch or transformers: `optimum-cli --help` loads it.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,9 @@ from optimum.commands.base import BaseOptimumCLICommand
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_TERMINATED = 128 + signal.SIGTERM
+# Transformers imports torchao where it is installed, which warns of kernels for GPUs that this machine does not have,
+# and makes torch warn of how it registers its types.
+_NOISY = ("torchao", "torch.utils._pytree")
 
 
 class Terminated(KeyboardInterrupt):
@@ -59,6 +63,8 @@ class FlexCompressCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Runs `execute`, and turns its failures into one sentence on stderr and an exit code."""
+        for name in _NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
         previous = signal.signal(signal.SIGTERM, _raise_terminated)
         try:
             try:

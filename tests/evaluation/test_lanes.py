@@ -65,6 +65,7 @@ def test_one_report_over_two_lanes(classifiers, marked, rows, tmp_path):
         assert result.stream["rows"] == 4 and result.stream["first_pass"] > 0 and result.memory["peak"] > 0
     assert report.environment["lanes"]["ipex"]["versions"]["torch"] == torch.__version__
     assert report.environment["lanes"]["ipex"]["threads"] == 1
+    assert "<dt>lane ipex</dt>" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "lane ipex: torch" in str(report) and Report.load(tmp_path / "report") == report
 
 

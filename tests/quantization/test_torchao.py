@@ -19,6 +19,7 @@ from optimum_flexcompress.int8_weights import round_weight
 from optimum_flexcompress.quantization.backends import find_backend
 from optimum_flexcompress.quantization.torchao_int8 import quantize_torchao
 from tests.export.exported import make, relative_error
+from tests.quantization.real_model import check_embeddings, demo_model, encoded_questions
 from tests.tiny import build, inputs_for, outputs_of
 
 
@@ -108,6 +109,20 @@ def test_a_compressed_model_that_drops_tokens(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(FlexCompressError, match="incomplete or was changed"):
         open_artifact(tmp_path / "int8")
+
+
+def test_agreement_on_a_real_model(tmp_path):
+    encoded, labels = encoded_questions()
+
+    @torch.inference_mode()
+    def embed(folder):
+        model = transformers.AutoModel.from_pretrained(folder)
+        batches = [{name: torch.tensor([value]) for name, value in row.items()} for row in encoded]
+        return torch.stack([model(**batch).last_hidden_state[0].mean(0) for batch in batches]).numpy()
+
+    quantize_torchao(demo_model(), tmp_path / "int8")
+    assert (tmp_path / "int8" / "tokenizer.json").is_file()
+    check_embeddings(embed(demo_model()), embed(tmp_path / "int8"), labels)
 
 
 def test_sizes_that_int8_products_cannot_have(tmp_path):
