@@ -36,7 +36,7 @@ help:
 $(INSTALLED): setup.cfg pyproject.toml constraints/main.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints/main.txt \
-		-e ".[demo,report,tests,quality]"
+		-e ".[demo,report,tests,torchao,quality]"
 	touch $@
 
 install: $(INSTALLED)
