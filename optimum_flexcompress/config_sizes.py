@@ -14,6 +14,9 @@ from .structure import ModelStructure
 
 QUANT_METHOD = "flexcompress"
 
+TAG = "optimum-flexcompress"
+"""Marks compressed models on the Hub."""
+
 LENGTHS_KEY = "length_config"
 """Entry of `config.json`, and keyword of `from_pretrained`, with how many tokens each layer keeps."""
 
@@ -31,6 +34,7 @@ def write_sizes(model: PreTrainedModel, structure: ModelStructure, sources: Mapp
         sources: For each stack the indices, before the change, of its layers.
     """
     architecture = find_architecture(model.config.model_type)
+    model.add_model_tags(TAG)
     old = model.config
     with_layers = _config_with_layers(architecture, old, structure, sources)
     new = _stock_config(architecture, model, with_layers, structure)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .config_sizes import LENGTHS_KEY, QUANT_METHOD
+from .config_sizes import LENGTHS_KEY, QUANT_METHOD, TAG
 from .errors import FlexCompressError
 from .int8_weights import insert_weights, make_room, require_torchao, state_with_int8
 from .structure import ModelStructure
@@ -84,6 +84,7 @@ class FlexCompressQuantizer(HfQuantizer):
             self._take_marks_off(model)
         if hasattr(model.config, "_pre_quantization_dtype"):
             del model.config._pre_quantization_dtype
+        model.add_model_tags(TAG)
         # A dictionary, as surgery leaves it: both ways to a compressed model end in the same configuration.
         config = model.config.quantization_config
         if not isinstance(config, dict):

@@ -1,98 +1,226 @@
-"""The model card of a compressed checkpoint."""
+"""The card of a compressed model: what it is, how to load it, and what was measured."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import requests
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from transformers import PreTrainedModel
 
-from .config_sizes import LENGTHS_KEY
+from .card_forms import Form, form_of
+from .config_sizes import LENGTHS_KEY, TAG
+from .configuration import METHOD_CONFIGS
 from .errors import UnsupportedArchitectureError
+from .hub import is_hub_id
 from .structure import ModelStructure, count_parameters
+from .tasks import CLASS_ENDINGS, get_task, infer_task
 from .token_dropping import lengths_of
 
 
-TAG = "optimum-flexcompress"
+if TYPE_CHECKING:
+    from .evaluation.report import Report
+
+
+CARD_NAME = "README.md"
+# What a compressed model has from the one it was made from.
+_PASSED_ON = ("license", "license_name", "license_link", "language")
+# Seconds.
+_TIMEOUT = 10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where a model's figures are.
+
+    Attributes:
+        report: The benchmark.
+        name: The model's name in it.
+        dataset: Id on the Hub of the data set it was measured on; None for files.
+    """
+
+    report: Report
+    name: str
+    dataset: str | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a model was made from, as far as its card tells.
+
+    Attributes:
+        id: On the Hub; None where it, and what it was made from, is not there.
+        passed_on: Metadata that hold for what is made from it too: licence and language.
+        methods: What compressed it before.
+    """
+
+    id: str | None = None
+    passed_on: Mapping[str, Any] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
+
+
+def find_base(source: str | os.PathLike | None) -> Base:
+    """Reads the card of the model that another one is made from.
+
+    Args:
+        source: A folder, an id on the Hub, or None where nothing is known. Where the Hub cannot be reached, its licence
+            stays unknown.
+    """
+    if not source:
+        return Base()
+    if is_hub_id(source):
+        return _base_on_hub(str(source))
+    path = Path(source).expanduser() / CARD_NAME
+    if not path.is_file():
+        return Base()
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    # A folder is not on the Hub, but what it was made from may be; a merger of several has no one base.
+    return _base_of(data, data.base_model if isinstance(data.base_model, str) else None)
+
+
+@functools.lru_cache
+def _base_on_hub(model_id: str) -> Base:
+    try:
+        # One request; a download of the card would be tried again for half a minute where there is no network.
+        data = HfApi().model_info(model_id, timeout=_TIMEOUT).card_data
+    except HFValidationError:
+        return Base()
+    except (requests.RequestException, OfflineModeIsEnabled):
+        return Base(model_id)
+    return _base_of(data, model_id) if data is not None else Base(model_id)
+
+
+def _base_of(data: ModelCardData, model_id: str | None) -> Base:
+    values = data.to_dict()
+    tags = values.get("tags") or []
+    return Base(
+        id=model_id,
+        passed_on={name: values[name] for name in _PASSED_ON if values.get(name)},
+        methods=tuple(tag for tag in tags if tag in METHOD_CONFIGS) if TAG in tags else (),
+    )
 
 
 def write_model_card(
     folder: str | os.PathLike,
-    model: PreTrainedModel,
+    model: PreTrainedModel | None = None,
     *,
     methods: Sequence[str] = (),
-    base_model: str | None = None,
+    base_model: str | os.PathLike | None = None,
     metrics: Mapping[str, float] | None = None,
     licence: str | None = None,
     lines: Sequence[str] = (),
     name: str | None = None,
+    measured: Measured | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path | None:
-    """Writes `README.md` into a checkpoint folder, unless somebody else wrote one.
+    """Writes `README.md` into a model folder, unless somebody else wrote one.
 
     Args:
-        folder: The folder of the checkpoint.
-        model: The model in it.
-        methods: Names of the methods that made it.
-        base_model: Hub id of the model it was made from; a local path is not passed on.
-        metrics: What was measured, by name.
-        licence: Identifier of the licence to pass on.
+        folder: The folder of the model.
+        model: The model in it; by default one is made from its configuration, without the weights.
+        methods: Names of the methods that made it, beside those of the model it was made from.
+        base_model: What it was made from: an id on the Hub, or a folder, whose own card is read. The licence is taken
+            from there.
+        metrics: What was measured, by name, where there is no benchmark.
+        licence: Identifier of the licence to pass on, where it is not the base's.
         lines: Sections of one's own, as Markdown.
-        name: What the model is called; the name of the folder when `None`.
+        name: What the model is called and loaded by: its id on the Hub, or the name of the folder (the default).
+        measured: Where a benchmark measured the model.
+        metadata: Further metadata of the Hub; for what this function knows better it makes no difference.
 
     Returns:
         The path of the card, or `None` where there is a card that this function did not write.
+
+    Raises:
+        FlexCompressError: The folder is no model.
     """
-    path = Path(folder) / "README.md"
-    if path.exists() and TAG not in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or []):
+    path = Path(folder) / CARD_NAME
+    if not is_own_card(path):
         return None
     name = path.parent.name if name is None else name
-    needs_plugin = "structure" in (getattr(model.config, "quantization_config", None) or {})
-    drops = hasattr(model.config, LENGTHS_KEY)
-    if base_model is not None and Path(base_model).exists():
-        base_model = None
-    data = ModelCardData(
-        library_name="transformers",
-        tags=[TAG, *methods],
-        base_model=base_model,
-        license=licence,
-        model_name=name,
-    )
-    auto_class = type(model).__name__
+    base, form = find_base(base_model), form_of(path.parent)
+    model = _without_weights(path.parent) if model is None else model
+    methods = list(dict.fromkeys([*base.methods, *methods]))
+    task = _task_of(model)
+    extra = dict(metadata or {})
+    known = {
+        "library_name": "transformers" if form.is_pytorch else "optimum",
+        "tags": list(dict.fromkeys([TAG, *methods, *form.tags, *extra.pop("tags", ())])),
+        "base_model": base.id,
+        "base_model_relation": "quantized" if base.id and "int8" in form.tags else None,
+        "pipeline_tag": task,
+        "model_name": name,
+        **base.passed_on,
+        "license": licence or base.passed_on.get("license"),
+    }
+    figures: list[str] = []
+    if measured is not None:
+        from .card_figures import eval_results, figure_lines
+
+        known["eval_results"] = eval_results(measured.report, measured.name, measured.dataset)
+        known["metrics"] = list(measured.report[measured.name].metrics)
+        known["datasets"] = [measured.dataset] if measured.dataset else None
+        figures = figure_lines(measured.report, measured.name)
+    elif metrics:
+        figures = ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in metrics.items())]
+    data = ModelCardData(**{**extra, **{key: value for key, value in known.items() if value is not None}})
+    origin = f", made from [`{base.id}`](https://huggingface.co/{base.id})" if base.id else ""
+    runtime = "" if form.is_pytorch else f" for {form.runtime}"
     text = [
         f"# {name}",
         "",
-        f"A compressed `{auto_class}`" + (f" made from `{base_model}`" if base_model else "") + ".",
+        f"A compressed `{type(model).__name__}`{runtime}{origin}.",
         "Made with optimum-flexcompress" + (f" ({', '.join(methods)})." if methods else "."),
         "",
         "## Load it",
         "",
-        "```python",
-        *(
-            ["import optimum_flexcompress  # pip install optimum-flexcompress; teaches from_pretrained the sizes"]
-            * (needs_plugin or drops)
-        ),
-        f"from transformers import {auto_class}",
+        *form.load_lines(name, type(model).__name__, task, _import_reason(model)),
         "",
-        f'model = {auto_class}.from_pretrained("{name}")',
-        "```",
-        "",
-        "Layers differ in size here, so loading asks for the import above; without it, loading stops with an error."
-        if needs_plugin
-        else "It loads in Transformers without any plugin" + (", at full lengths." if drops else "."),
-        "",
-        *_length_lines(model, drops),
+        *_length_lines(model, form),
         *([*lines, ""] if lines else []),
+        *(["## Measured", "", *figures, ""] if figures else []),
         "## Size",
         "",
         *_sizes(model),
     ]
-    if metrics:
-        text += ["", "## Measured", "", "| metric | value |", "|---|---|"]
-        text += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text) + "\n", ignore_metadata_errors=True).save(path)
     return path
+
+
+def is_own_card(path: str | os.PathLike) -> bool:
+    """Whether a card may be written: there is none, or one of ours."""
+    path = Path(path)
+    return not path.exists() or TAG in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or [])
+
+
+def _without_weights(folder: Path) -> PreTrainedModel:
+    """A model of the sizes that the configuration in a folder describes, on the meta device."""
+    from .evaluation.cost import skeleton
+
+    with torch.device("meta"):
+        return skeleton(folder, get_task(infer_task(folder)))
+
+
+def _task_of(model: PreTrainedModel) -> str | None:
+    name = type(model).__name__
+    return next((task for ending, task in CLASS_ENDINGS.items() if name.endswith(ending)), None)
+
+
+def _import_reason(model: PreTrainedModel) -> str | None:
+    """Why the plugin has to be imported before the model is loaded; None where it need not be."""
+    entry = getattr(model.config, "quantization_config", None) or {}
+    if isinstance(entry, dict) and "structure" in entry:
+        return "Layers differ in size here, so loading asks for the import above; without it, loading stops with an error."
+    if hasattr(model.config, LENGTHS_KEY):
+        return "The import above makes it drop tokens; without any plugin, it loads in Transformers at full lengths."
+    return None
 
 
 def _sizes(model: PreTrainedModel) -> list[str]:
@@ -111,15 +239,19 @@ def _sizes(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _length_lines(model: PreTrainedModel, drops: bool) -> list[str]:
-    if not drops:
+def _length_lines(model: PreTrainedModel, form: Form) -> list[str]:
+    if not hasattr(model.config, LENGTHS_KEY):
         return []
     lengths = lengths_of(model)
     kept = "all tokens" if lengths is None else f"these {lengths.unit} of tokens: {list(lengths.values)}"
+    choice = (
+        "Another configuration is set with `from_pretrained(..., length_config=[...])`, one count or fraction per layer."
+        if form.is_pytorch
+        else "That is part of the graph: for another configuration, export the PyTorch model again."
+    )
     return [
         "## Lengths",
         "",
-        f"Its encoder can drop tokens from layer to layer. As it is, the layers keep {kept}. Another configuration is "
-        "set with `from_pretrained(..., length_config=[...])`, one count or fraction per layer.",
+        f"Its encoder can drop tokens from layer to layer. As it is, the layers keep {kept}. {choice}",
         "",
     ]

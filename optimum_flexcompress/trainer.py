@@ -21,7 +21,7 @@ from .methods.base import PrepareContext, Step
 from .methods.groups import GROUP_KEY, MethodGroups
 from .methods.runner import LossScale, MethodRunner
 from .methods.teacher import unwrap_peft
-from .model_card import write_model_card
+from .trainer_saving import SavingMixin
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class _MethodCallback(TrainerCallback):
             self._trainer.save_model(os.path.join(args.output_dir, name))
 
 
-class FlexCompressMixin:
+class FlexCompressMixin(SavingMixin):
     """Adds compression to a Transformers trainer, through its hooks alone.
 
     Args:
@@ -78,10 +78,11 @@ class FlexCompressMixin:
         teacher_processing_class: Any = None,
         **kwargs,
     ):
+        self._runner: MethodRunner | None = None
+        self.compression_config = compression_config
+        # Makes the repository, where the training arguments ask for a push.
         super().__init__(*args, **kwargs)
         self.teacher_model = teacher_model
-        self.compression_config = compression_config
-        self._runner: MethodRunner | None = None
         if compression_config is None or not compression_config.methods:
             if teacher_model is not None:
                 raise FlexCompressError(
@@ -323,45 +324,6 @@ class FlexCompressMixin:
         if self._runner is not None and not self._runner.is_ready():
             return False
         return super()._determine_best_metric(metrics, trial)
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        runner = self._runner
-        if runner is None:
-            return super().save_model(output_dir, _internal_call)
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-            if self.args.should_save and runner.prepared_for is not None:
-                runner.save(output_dir)
-            return None
-        model = self.model
-        if not (runner.restructures and self.is_in_train):
-            super().save_model(output_dir, _internal_call)
-            self._write_beside(output_dir)
-            return None
-        # Asked for in the middle of training, which goes on with the model as it is: without its hooks, which would
-        # drag the teacher along.
-        runner.detach()
-        try:
-            self.model = runner.finalize(copy.deepcopy(model))
-            super().save_model(output_dir, _internal_call)
-            self._write_beside(output_dir)
-        finally:
-            self.model = model
-            runner.attach()
-
-    def _write_beside(self, folder: str | None) -> None:
-        """Writes the model card, and what the methods put beside a model."""
-        if not self.args.should_save:
-            return
-        folder = folder if folder is not None else self.args.output_dir
-        saved = unwrap_peft(self.model)
-        methods = [method.method_type for method in self.compression_config.methods]
-        lines = []
-        if self._runner.prepared_for is not None:
-            for method in self._runner.methods:
-                method.save_beside(folder)
-                lines += method.card_lines()
-        write_model_card(folder, saved, methods=methods, base_model=saved.config._name_or_path or None, lines=lines)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import ModelView, StackView, describe
-from ..config_sizes import LENGTHS_KEY, QUANT_METHOD
+from ..config_sizes import LENGTHS_KEY, QUANT_METHOD, TAG
 from ..errors import FlexCompressError
 from .dropper import Counts, TokenDropper
 from .lengths import LengthConfig
@@ -144,6 +144,7 @@ def set_lengths(model: PreTrainedModel, lengths: Any, max_length: int | None = N
 def write_lengths(model: PreTrainedModel, lengths: LengthConfig | None) -> None:
     """Enters lengths into the model's configuration; `None` makes it one that takes `length_config=` when loaded."""
     setattr(model.config, LENGTHS_KEY, None if lengths is None else lengths.to_dict())
+    model.add_model_tags(TAG)
     if not hasattr(model.config, "quantization_config"):
         model.config.quantization_config = {"quant_method": QUANT_METHOD}
 
