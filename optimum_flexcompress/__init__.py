@@ -25,6 +25,15 @@ _EXPORTS = {
     "surgery": ["keep_layers", "resize", "select"],
     "quantization": ["FlexORTQuantizer"],
     "modeling_ort": ["FlexORTModelForCausalLM", "FlexORTModelForSeq2SeqLM"],
+    "modeling_openvino": [
+        "OVQuantizedModel",
+        "OVQuantizedModelForFeatureExtraction",
+        "OVQuantizedModelForImageClassification",
+        "OVQuantizedModelForMaskedLM",
+        "OVQuantizedModelForQuestionAnswering",
+        "OVQuantizedModelForSequenceClassification",
+        "OVQuantizedModelForTokenClassification",
+    ],
     "errors": ["FlexCompressError"],
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -47,6 +56,13 @@ __all__ = [
     "ModelStructure",
     "ModularConfig",
     "ModularModel",
+    "OVQuantizedModel",
+    "OVQuantizedModelForFeatureExtraction",
+    "OVQuantizedModelForImageClassification",
+    "OVQuantizedModelForMaskedLM",
+    "OVQuantizedModelForQuestionAnswering",
+    "OVQuantizedModelForSequenceClassification",
+    "OVQuantizedModelForTokenClassification",
     "VIBPruningConfig",
     "__version__",
     "keep_layers",
@@ -63,6 +79,15 @@ if TYPE_CHECKING:
     from .kept import Kept, KeptLayer
     from .length_config import LengthAdaptiveConfig
     from .methods.modular import Assembly, ModularModel
+    from .modeling_openvino import (
+        OVQuantizedModel,
+        OVQuantizedModelForFeatureExtraction,
+        OVQuantizedModelForImageClassification,
+        OVQuantizedModelForMaskedLM,
+        OVQuantizedModelForQuestionAnswering,
+        OVQuantizedModelForSequenceClassification,
+        OVQuantizedModelForTokenClassification,
+    )
     from .modeling_ort import FlexORTModelForCausalLM, FlexORTModelForSeq2SeqLM
     from .modular_config import ModularConfig
     from .quantization import FlexORTQuantizer

@@ -259,6 +259,14 @@ def _open_onnx(path: Path, task: Task, threads: int | None, options: dict[str, A
     return Artifact(path, task, "onnxruntime", precision, model, model.config, inputs)
 
 
+def _open_openvino(path: Path, task: Task, threads: int | None, options: dict[str, Any]) -> Artifact:
+    from ..modeling_openvino import OVQuantizedModel
+
+    folder = path.parent if path.is_file() else path
+    model = load_pretrained(OVQuantizedModel.class_for(task.name), folder, threads=threads, **options)
+    return Artifact(path, task, "openvino", "int8", model, model.config, frozenset(model.input_names))
+
+
 def is_int8(graph: str | os.PathLike) -> bool:
     """Whether an ONNX file computes or stores weights in int8."""
     import onnx
@@ -285,6 +293,7 @@ def _float_type(graph: Path) -> str:
 # Later runtimes join here: a function that opens a path, and the endings of its files in `cost.py`.
 BACKENDS: dict[str, Callable[[Path, Task, int | None, dict[str, Any]], Artifact]] = {
     "onnxruntime": _open_onnx,
+    "openvino": _open_openvino,
     "pytorch": _open_pytorch,
     "torchao": _open_torchao,
 }

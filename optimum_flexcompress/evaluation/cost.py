@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import FlexCompressError
+from ..quantization.saved import has_saved, peek_saved
 from ..tasks.base import Task
 
 
@@ -69,6 +70,8 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     """The files in a folder that hold weights, in the order of their names; not those of models in folders below."""
     endings = PYTORCH_ENDINGS + ONNX_ENDINGS
     folder = Path(folder)
+    if has_saved(folder):
+        return sorted(peek_saved(folder).files.values())
     others = {file.parent for file in folder.rglob("config.json")} - {folder}
     found = [file for file in folder.rglob("*") if file.is_file() and file.name.endswith(endings)]
     return sorted(file for file in found if others.isdisjoint(file.parents))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -93,7 +94,10 @@ def _main() -> None:
 
     task = get_task(arguments.task)
     # Everything that is imported on demand must be in before the starting point is read.
-    task.ort_class if find_backend(arguments.path) == "onnxruntime" else task.auto_class
+    backend = find_backend(arguments.path)
+    if backend == "openvino":
+        importlib.import_module(backend)
+    _ = task.ort_class if backend == "onnxruntime" else task.auto_class
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     imports = _resident()[0]

@@ -118,8 +118,8 @@ def _is_tokenwise(graph: Graph, node: NodeProto) -> bool:
     if node.op_type == "LayerNormalization":
         return attribute(node, "axis", -1) in (-1, 2)
     if node.op_type == "MultiHeadAttention":
-        # With a mask for every query, the mask would have to be cut as well.
-        return len(node.input) == 3 and len(node.output) == 1
+        # With a mask for every query (and not just for keys), the mask would have to be cut as well.
+        return not any(node.input[5:]) and len(node.output) == 1
     for name in node.input:
         value = graph.constant(name)
         if value is not None and not (value.ndim < 2 or value.shape[-2] == 1):

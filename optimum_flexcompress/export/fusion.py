@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from onnx import ModelProto
 from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import FlexCompressError
-from .attention import find_attentions, fuse, measure
+from .attention import Attention, find_attentions, fuse, measure
 from .dropping import dropping_length, drops_tokens, lengths_in
 from .first_token import keep_first_token
 from .graph import Graph, has_subgraphs, load_model, save_model
 from .kept_tokens import (
+    Significance,
     choose_early,
     find_significances,
     fuse_with_significance,
@@ -47,7 +49,40 @@ class FusionReport:
     choices: int = 0
 
 
-def fuse_graph(model: ModelProto, config: PretrainedConfig | None = None) -> tuple[ModelProto, FusionReport]:
+@dataclass(frozen=True)
+class Form:
+    """How a runtime wants attention to be written.
+
+    Attributes:
+        attention: Writes an attention anew.
+        dropping: Writes an attention and the sums of its maps, by which tokens are chosen, anew.
+        finish: Comes last, when nothing is cut any more.
+    """
+
+    attention: Callable[[Graph, Attention], None]
+    dropping: Callable[[Graph, Attention, Significance], None]
+    finish: Callable[[Graph], None]
+
+
+def _sum_residuals(graph: Graph) -> None:
+    """Writes `x + y` before a norm as `Sum`.
+
+    ONNX Runtime would fuse an `Add` with the norm into an operator whose CPU kernel takes several times as long as the
+    two operators do by themselves; it does not look for `Sum`, which is the same operation.
+    """
+    for norm in graph.nodes:
+        if norm.op_type == "LayerNormalization":
+            add = graph.producer(norm.input[0], "Add")
+            if add is not None and all(graph.constant(name) is None for name in add.input):
+                add.op_type = "Sum"
+
+
+ONNX_RUNTIME = Form(fuse, fuse_with_significance, _sum_residuals)
+
+
+def fuse_graph(
+    model: ModelProto, config: PretrainedConfig | None = None, form: Form = ONNX_RUNTIME
+) -> tuple[ModelProto, FusionReport]:
     """Fuses attention, cuts the last layer to the token that is read, and prepares residual sums.
 
     Every rewritten graph is run beside the original one; an attention whose fusion changes the outputs by more than
@@ -57,6 +92,7 @@ def fuse_graph(model: ModelProto, config: PretrainedConfig | None = None) -> tup
         model: An exported model in single precision. Graphs with sub-graphs (merged decoders) are returned as they
             are.
         config: The model's configuration, from which the size of images is taken.
+        form: How attention is written; by default, in the operators of ONNX Runtime.
 
     Returns:
         A new model, and what was done.
@@ -80,26 +116,28 @@ def fuse_graph(model: ModelProto, config: PretrainedConfig | None = None) -> tup
         # These softmaxes belong to the attentions whose maps they repeat.
         report.left.pop(one.softmax, None)
     names = [item.name for item in attentions]
-    fused = _with_attentions(model, names, reference, report)
+    fused = _with_attentions(model, names, reference, report, form)
     if fused is None:
-        good = [name for name in names if _with_attentions(model, [name], reference, report) is not None]
-        fused = _with_attentions(model, good, reference, report) or model
+        good = [name for name in names if _with_attentions(model, [name], reference, report, form) is not None]
+        fused = _with_attentions(model, good, reference, report, form) or model
     for name, reason in report.left.items():
         logger.info("Attention %s is not fused: %s.", name, reason)
     graph = Graph(_copy(fused))
     first_token = keep_first_token(graph, feeds[0])
     report.choices = choose_early(graph, feeds[0])
-    _sum_residuals(graph)
+    form.finish(graph)
     candidate = graph.write()
     if reference.difference(candidate) <= TOLERANCE:
         report.first_token_only = first_token
         return candidate, report
     logger.warning("The last layer is not cut to its first token: that would change the outputs.")
-    return fused, report
+    graph, report.choices = Graph(fused), 0
+    form.finish(graph)
+    return graph.write(), report
 
 
 def _with_attentions(
-    model: ModelProto, names: list[str], reference: Reference, report: FusionReport
+    model: ModelProto, names: list[str], reference: Reference, report: FusionReport, form: Form
 ) -> ModelProto | None:
     """The model with the named attentions fused, or None if that changes what it computes."""
     if not names:
@@ -111,9 +149,9 @@ def _with_attentions(
     for item in attentions:
         significance = matching(significances, item)
         if significance is None:
-            fuse(graph, item)
+            form.attention(graph, item)
         else:
-            fuse_with_significance(graph, item, significance)
+            form.dropping(graph, item, significance)
     fused = graph.write()
     difference = reference.difference(fused)
     if difference > TOLERANCE:
@@ -147,19 +185,6 @@ def probing_feeds(model: ModelProto, config: PretrainedConfig | None) -> list[Fe
     # What is measured where nothing is dropped does not hold where something is.
     second = {"scale": 2} if lengths is None else {"length": dropping_length(config, lengths)}
     return [made_up_feeds(model, 0, **options), made_up_feeds(model, 1, **second, **options)]
-
-
-def _sum_residuals(graph: Graph) -> None:
-    """Writes `x + y` before a norm as `Sum`.
-
-    ONNX Runtime would fuse an `Add` with the norm into an operator whose CPU kernel takes several times as long as the
-    two operators do by themselves; it does not look for `Sum`, which is the same operation.
-    """
-    for norm in graph.nodes:
-        if norm.op_type == "LayerNormalization":
-            add = graph.producer(norm.input[0], "Add")
-            if add is not None and all(graph.constant(name) is None for name in add.input):
-                add.op_type = "Sum"
 
 
 def _copy(model: ModelProto) -> ModelProto:

@@ -56,6 +56,12 @@ BACKENDS = {
             "optimum_flexcompress.quantization.folder:quantize_folder",
         ),
         Backend(
+            "openvino",
+            "OpenVINO",
+            "optimum_flexcompress.quantization.openvino:find_target",
+            "optimum_flexcompress.quantization.openvino:quantize_openvino",
+        ),
+        Backend(
             "torchao",
             "PyTorch on CUDA, through torchao",
             "optimum_flexcompress.quantization.torchao_int8:find_target",

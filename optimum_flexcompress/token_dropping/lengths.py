@@ -16,7 +16,8 @@ FULL = "full"
 
 UNITS = ("counts", "fractions")
 
-_SCALE = 1_000_000_000
+_DIGIT = 2**15
+_SCALE = _DIGIT**2
 """Fractions are applied in whole numbers of this denominator, so that every runtime rounds alike."""
 
 
@@ -167,11 +168,13 @@ def numerator(fraction: float) -> int:
 
 def kept_of(tokens: Any, numerator: int) -> Any:
     """`ceil(fraction * tokens)`, for an int or an integer tensor; up to 1e-4 above a whole number counts as it."""
-    raised = tokens * numerator + (_SCALE - 1 - _SCALE // 10_000)
-    if isinstance(raised, int):
-        return raised // _SCALE
-    # Nothing is negative here; the exporter writes a dozen operators for what `//` would do if it were.
-    return raised.div(_SCALE, rounding_mode="trunc")
+    addend = _SCALE - 1 - _SCALE // 10_000
+    if isinstance(tokens, int):
+        return (tokens * numerator + addend) // _SCALE
+    # In digits of 15 bits, because some runtimes (OpenVINO) have integers of 32 bits only. Nothing is negative here; the
+    # exporter writes a dozen operators for what `//` would do if it were.
+    low = (tokens * (numerator % _DIGIT) + addend % _DIGIT).div(_DIGIT, rounding_mode="trunc")
+    return (tokens * (numerator // _DIGIT) + addend // _DIGIT + low).div(_DIGIT, rounding_mode="trunc")
 
 
 def _is_count(value: Any) -> bool:

@@ -36,7 +36,9 @@ def attention_received(
     if is_in_onnx_export():
         weights = None
         if valid is not None:
-            weights = valid[:, None, None, :].to(query.dtype)
+            # OpenVINO takes a cast of booleans for the start of an int8 product.
+            one, none = (torch.full((), value, dtype=query.dtype) for value in (1, 0))
+            weights = torch.where(valid, one, none)[:, None, None, :]
             # A bias that is there already holds the mask.
             bias = additive_mask(valid, query.dtype) if bias is None else bias
         scale = attention.head_size**-0.5 if attention.table.scaled else 1.0
