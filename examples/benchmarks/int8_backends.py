@@ -29,6 +29,7 @@ work folder; what was run is not run again. Times are made anew when a backend h
 from __future__ import annotations
 
 import argparse
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,9 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     shared = {name: getattr(options, name) for name in ("rows", "dev", "steps", "bf16", "samples", "stream")}
+    record = options.work / "options.json"
+    if options.show and record.is_file():
+        shared = json.loads(record.read_text(encoding="utf-8"))
     cells = Cells(options.work, shared, options.threads)
     if not options.show:
         if options.sst2 is None:
