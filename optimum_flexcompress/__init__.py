@@ -24,6 +24,16 @@ _EXPORTS = {
     "kept": ["Kept", "KeptLayer"],
     "surgery": ["keep_layers", "resize", "select"],
     "quantization": ["FlexORTQuantizer"],
+    "quantization.ipex": ["IPEXQuantizer"],
+    "quantization.ipex_config": ["IPEXQuantizationConfig"],
+    "modeling_ipex": [
+        "IPEXQuantizedModelForFeatureExtraction",
+        "IPEXQuantizedModelForImageClassification",
+        "IPEXQuantizedModelForMaskedLM",
+        "IPEXQuantizedModelForQuestionAnswering",
+        "IPEXQuantizedModelForSequenceClassification",
+        "IPEXQuantizedModelForTokenClassification",
+    ],
     "modeling_ort": ["FlexORTModelForCausalLM", "FlexORTModelForSeq2SeqLM"],
     "modeling_openvino": [
         "OVQuantizedModel",
@@ -48,6 +58,14 @@ __all__ = [
     "FlexORTModelForCausalLM",
     "FlexORTModelForSeq2SeqLM",
     "FlexORTQuantizer",
+    "IPEXQuantizationConfig",
+    "IPEXQuantizedModelForFeatureExtraction",
+    "IPEXQuantizedModelForImageClassification",
+    "IPEXQuantizedModelForMaskedLM",
+    "IPEXQuantizedModelForQuestionAnswering",
+    "IPEXQuantizedModelForSequenceClassification",
+    "IPEXQuantizedModelForTokenClassification",
+    "IPEXQuantizer",
     "Kept",
     "KeptLayer",
     "LengthAdaptiveConfig",
@@ -79,6 +97,14 @@ if TYPE_CHECKING:
     from .kept import Kept, KeptLayer
     from .length_config import LengthAdaptiveConfig
     from .methods.modular import Assembly, ModularModel
+    from .modeling_ipex import (
+        IPEXQuantizedModelForFeatureExtraction,
+        IPEXQuantizedModelForImageClassification,
+        IPEXQuantizedModelForMaskedLM,
+        IPEXQuantizedModelForQuestionAnswering,
+        IPEXQuantizedModelForSequenceClassification,
+        IPEXQuantizedModelForTokenClassification,
+    )
     from .modeling_openvino import (
         OVQuantizedModel,
         OVQuantizedModelForFeatureExtraction,
@@ -91,6 +117,8 @@ if TYPE_CHECKING:
     from .modeling_ort import FlexORTModelForCausalLM, FlexORTModelForSeq2SeqLM
     from .modular_config import ModularConfig
     from .quantization import FlexORTQuantizer
+    from .quantization.ipex import IPEXQuantizer
+    from .quantization.ipex_config import IPEXQuantizationConfig
     from .structure import ModelStructure
     from .surgery import keep_layers, resize, select
     from .token_dropping import LengthConfig, lengths_of, set_lengths, using_lengths

@@ -235,6 +235,15 @@ def _forward_arguments(model: torch.nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
+def _open_ipex(path: Path, task: Task, threads: int | None, options: dict[str, Any]) -> Artifact:
+    from ..modeling_ipex import IPEXQuantizedModel
+
+    folder = path.parent if path.is_file() else path
+    # It runs with the threads of PyTorch.
+    model = load_pretrained(IPEXQuantizedModel.class_for(task.name), folder, **options)
+    return Artifact(path, task, "ipex", "int8", model, model.config, frozenset(model.input_names))
+
+
 def _open_onnx(path: Path, task: Task, threads: int | None, options: dict[str, Any]) -> Artifact:
     from onnxruntime import SessionOptions
 
@@ -292,6 +301,7 @@ def _float_type(graph: Path) -> str:
 
 # Later runtimes join here: a function that opens a path, and the endings of its files in `cost.py`.
 BACKENDS: dict[str, Callable[[Path, Task, int | None, dict[str, Any]], Artifact]] = {
+    "ipex": _open_ipex,
     "onnxruntime": _open_onnx,
     "openvino": _open_openvino,
     "pytorch": _open_pytorch,

@@ -56,6 +56,12 @@ BACKENDS = {
             "optimum_flexcompress.quantization.folder:quantize_folder",
         ),
         Backend(
+            "ipex",
+            "Intel Extension for PyTorch",
+            "optimum_flexcompress.quantization.ipex_config:find_ipex_target",
+            "optimum_flexcompress.quantization.ipex:quantize_ipex",
+        ),
+        Backend(
             "openvino",
             "OpenVINO",
             "optimum_flexcompress.quantization.openvino:find_target",

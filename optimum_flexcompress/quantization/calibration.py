@@ -68,16 +68,27 @@ def measure_ranges(
         if method == "minmax":
             return {name: (low[name], high[name]) for name in tensors}
         histograms = _histograms(session, tensors, feeds, low, high, bar)
-    ranges = {}
-    for name in tensors:
-        edges = np.linspace(low[name], high[name], BINS + 1)
-        if method == "percentile":
-            ranges[name] = _percentile_range(histograms[name], edges, percentile)
-        elif symmetric:
-            ranges[name] = _least_symmetric_error_range(histograms[name], edges)
-        else:
-            ranges[name] = _least_error_range(histograms[name], edges)
-    return ranges
+    return {
+        name: range_of(histograms[name], (low[name], high[name]), method, percentile, symmetric) for name in tensors
+    }
+
+
+def range_of(
+    counts: np.ndarray, extremes: Range, method: str, percentile: float = 99.99, symmetric: bool = False
+) -> Range:
+    """The range to round a tensor with.
+
+    Args:
+        counts: Histogram of its values over evenly spaced bins.
+        extremes: Where the bins start and end.
+        method: `percentile` or `mse`, as for [`measure_ranges`].
+        percentile: Likewise.
+        symmetric: Likewise.
+    """
+    edges = np.linspace(*extremes, len(counts) + 1)
+    if method == "percentile":
+        return _percentile_range(counts, edges, percentile)
+    return _least_symmetric_error_range(counts, edges) if symmetric else _least_error_range(counts, edges)
 
 
 def _session(model: ModelProto, tensors: list[str]) -> InferenceSession:

@@ -47,7 +47,7 @@ def calibration_feeds(
     Raises:
         FlexCompressError: There are no examples, or they lack a column that the model needs.
     """
-    rows = [_row(example) for example in islice(iter(examples), limit)]
+    rows = [example_row(example) for example in islice(iter(examples), limit)]
     if not rows:
         raise FlexCompressError("There are no calibration examples: give a data set with at least one row.")
     by_name = {file.name: file for file in files}
@@ -63,7 +63,7 @@ def calibration_feeds(
     return feeds
 
 
-def _row(example: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def example_row(example: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """One example with a batch axis."""
     row = {}
     for name, value in example.items():

@@ -53,7 +53,8 @@ def fraction_limit(hidden: torch.Tensor, tokens: torch.Tensor | None, numerator:
     """
     each = kept_of(tokens, numerator)
     if torch.jit.is_tracing():
-        return Limit(each.max(), each.min(), each)
+        # Not `max` and `min`, which IPEX takes for those of two tensors.
+        return Limit(each.amax(0), each.amin(0), each)
     width, smallest = int(each.max()), int(each.min())
     if smallest >= hidden.shape[1]:
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 
 from ..architectures import AttentionView
@@ -11,6 +13,9 @@ from .rows import additive_mask
 
 _CHUNK = 1 << 24
 """Attention scores that are held at once: 64 MB in float32."""
+
+ATTENTION_MAPS: ContextVar[torch.Tensor | None] = ContextVar("attention_maps", default=None)
+"""The maps of the attention that ran last, `[batch, heads, length, length]`, where whoever runs the model knows them."""
 
 
 @torch.no_grad()
@@ -43,6 +48,9 @@ def attention_received(
             bias = additive_mask(valid, query.dtype) if bias is None else bias
         scale = attention.head_size**-0.5 if attention.table.scaled else 1.0
         return ReceivedAttention.apply(query, key, bias, weights, attention.num_heads, attention.head_size, scale)
+    maps = ATTENTION_MAPS.get()
+    if maps is not None:
+        return column_sums(maps, valid)
     query, key = (
         part.detach().unflatten(-1, (attention.num_heads, attention.head_size)).transpose(1, 2)
         for part in (query, key)
