@@ -120,6 +120,11 @@ def _with_usual_names(data: DatasetDict) -> DatasetDict:
     return renamed
 
 
+def is_hub_dataset(spec: str | os.PathLike) -> bool:
+    """Whether [`load_data`] would look for a data set on the Hub."""
+    return not Path(spec).expanduser().exists() and not _looks_like_a_path(str(spec))
+
+
 def _looks_like_a_path(spec: str) -> bool:
     known = split_ending(spec)[1] in READERS
     return known or spec.startswith((".", "~", "/")) or spec.count("/") > 1 or "\\" in spec

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 CARD_NAME = "README.md"
 # What a compressed model has from the one it was made from.
 _PASSED_ON = ("license", "license_name", "license_link", "language")
+# Sections that can be written again from the folder and a report.
+_SECTIONS = ("Load it", "Lengths", "How it was made", "Measured", "Size")
 # Seconds.
 _TIMEOUT = 10
 
@@ -119,6 +121,7 @@ def write_model_card(
     name: str | None = None,
     measured: Measured | None = None,
     metadata: Mapping[str, Any] | None = None,
+    task: str | None = None,
 ) -> Path | None:
     """Writes `README.md` into a model folder, unless somebody else wrote one.
 
@@ -134,6 +137,7 @@ def write_model_card(
         name: What the model is called and loaded by: its id on the Hub, or the name of the folder (the default).
         measured: Where a benchmark measured the model.
         metadata: Further metadata of the Hub; for what this function knows better it makes no difference.
+        task: What the model is for; by default, what its class says.
 
     Returns:
         The path of the card, or `None` where there is a card that this function did not write.
@@ -146,9 +150,9 @@ def write_model_card(
         return None
     name = path.parent.name if name is None else name
     base, form = find_base(base_model), form_of(path.parent)
-    model = _without_weights(path.parent) if model is None else model
+    model = _without_weights(path.parent, task) if model is None else model
     methods = list(dict.fromkeys([*base.methods, *methods]))
-    task = _task_of(model)
+    task = get_task(task).name if task else _task_of(model)
     extra = dict(metadata or {})
     known = {
         "library_name": "transformers" if form.is_pytorch else "optimum",
@@ -200,12 +204,35 @@ def is_own_card(path: str | os.PathLike) -> bool:
     return not path.exists() or TAG in (ModelCard.load(path, ignore_metadata_errors=True).data.tags or [])
 
 
-def _without_weights(folder: Path) -> PreTrainedModel:
+def own_sections(folder: str | os.PathLike) -> list[str]:
+    """The sections of a card of ours that say what only its writer knew, such as a method's own, as Markdown."""
+    path = Path(folder) / CARD_NAME
+    if not path.is_file() or not is_own_card(path):
+        return []
+    sections = ModelCard.load(path, ignore_metadata_errors=True).text.split("\n## ")[1:]
+    own = [f"## {text.strip()}" for text in sections if text.partition("\n")[0] not in _SECTIONS]
+    return [line for section in own for line in (*section.splitlines(), "")]
+
+
+def rename_card(folder: str | os.PathLike, name: str) -> None:
+    """Gives the model in a folder another name in its card, if the card is ours: its id on the Hub."""
+    path = Path(folder) / CARD_NAME
+    if not path.is_file() or not is_own_card(path):
+        return
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    old = card.data.model_name
+    card.data.model_name = name
+    card.text = card.text.replace(f"# {old}\n", f"# {name}\n", 1)
+    card.text = card.text.replace(f'from_pretrained("{old}")', f'from_pretrained("{name}")')
+    card.save(path)
+
+
+def _without_weights(folder: Path, task: str | None) -> PreTrainedModel:
     """A model of the sizes that the configuration in a folder describes, on the meta device."""
     from .evaluation.cost import skeleton
 
     with torch.device("meta"):
-        return skeleton(folder, get_task(infer_task(folder)))
+        return skeleton(folder, get_task(task or infer_task(folder)))
 
 
 def _task_of(model: PreTrainedModel) -> str | None:

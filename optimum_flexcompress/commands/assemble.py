@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optimum.commands.base import CommandInfo
 from optimum.commands.flexcompress.base import FlexCompressCommand
+from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target, push
 
 
 class AssembleCommand(FlexCompressCommand):
@@ -16,6 +17,7 @@ class AssembleCommand(FlexCompressCommand):
 optimum-cli flexcompress assemble -m modular-t5 --strategy size-first --ratio 2 -o t5-half
 optimum-cli flexcompress assemble -m modular-t5 --strategy speed-first --ratio 1.5 -o t5-fast
 optimum-cli flexcompress assemble -m modular-t5 --strategy plan.json -o t5-mine
+optimum-cli flexcompress assemble -m me/modular-t5 --ratio 2 -o t5-half --push-to-hub
 """
 
     @staticmethod
@@ -27,7 +29,8 @@ optimum-cli flexcompress assemble -m modular-t5 --strategy plan.json -o t5-mine
             "--model",
             required=True,
             metavar="DIR",
-            help="Folder that training with ModularConfig wrote: the full model, and its modules.",
+            help="Folder that training with ModularConfig wrote, or its id on the Hugging Face Hub: the full model, and its "
+            "modules.",
         )
         required.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder for the assembled model.")
         required.add_argument(
@@ -46,6 +49,7 @@ optimum-cli flexcompress assemble -m modular-t5 --strategy plan.json -o t5-mine
             "with 2. The nearest that can be had is taken. Not with a plan.",
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it exists.")
+        add_hub_arguments(parser)
 
     def execute(self) -> None:
         """See the base class."""
@@ -62,6 +66,7 @@ optimum-cli flexcompress assemble -m modular-t5 --strategy plan.json -o t5-mine
                 else f"--strategy {args.strategy} needs to know how small: give --ratio, such as --ratio 2."
             )
         check_output_folder(args.output, overwrite=args.overwrite)
+        repository = hub_target(args, args.output)
 
         from optimum_flexcompress.methods.modular import Assembly, ModularModel
 
@@ -75,3 +80,5 @@ optimum-cli flexcompress assemble -m modular-t5 --strategy plan.json -o t5-mine
         full = sum(modular.depths.values())
         print(f"{full} layers became {assembly.layers}: a ratio of {assembly.ratio:.4g}")
         print(f"Wrote {args.output}")
+        if repository is not None:
+            print(push(repository, args.output, f"Upload model of {assembly.layers} layers"))

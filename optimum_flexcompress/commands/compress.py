@@ -7,6 +7,7 @@ import os
 
 from optimum.commands.base import CommandInfo
 from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
+from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target
 
 
 class CompressCommand(FlexCompressCommand):
@@ -18,6 +19,8 @@ optimum-cli flexcompress compress --list-recipes
 optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --recipe distil-int8 -o OUT
 optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --recipe distil-int8 -o OUT \\
     --set stages.distill.epochs=2 --set data.max_length=64
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification -o OUT --push-to-hub \\
+    --hub-model-id me/student-int8
 """
     INTERRUPTED = "stages that finished are kept; run the same command again to go on from there."
 
@@ -61,6 +64,10 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
             help="Run every stage again, also those that an earlier run in OUTPUT finished.",
         )
         more.add_argument("--list-recipes", action="store_true", help="List the recipes and stop.")
+        hub = add_hub_arguments(parser, "the last model that the recipe makes")
+        hub.add_argument(
+            "--hub-stage", metavar="STAGE", help="Push the model of another stage of the recipe, such as distill."
+        )
 
     def execute(self) -> None:
         """See the base class."""
@@ -79,8 +86,21 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
             # JSON strings are YAML strings: a column called `1` or `null` stays text.
             overrides.append(f"data.columns.{role}={json.dumps(name)}")
         recipe = load_recipe(args.recipe, overrides)
+        repository = hub_target(args, args.output)
+        stage = recipe.model_stage(args.hub_stage)
         self._quieten()
-        run_recipe(recipe, args.model, args.dataset, args.task, args.output, overwrite=args.overwrite)
+        result = run_recipe(
+            recipe,
+            args.model,
+            args.dataset,
+            args.task,
+            args.output,
+            overwrite=args.overwrite,
+            names={stage: repository.repo_id} if repository is not None else {},
+        )
+        if repository is not None:
+            url = repository.push(result.folders[stage], f"Upload model made by the recipe {recipe.name}")
+            print(f"Pushed {stage} to {repository.repo_id}: {url}")
 
     def _list_recipes(self) -> None:
         from optimum_flexcompress.recipes import list_recipes

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from optimum.commands.base import CommandInfo
 from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
+from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target, push
 
 
 class QuantizeCommand(FlexCompressCommand):
@@ -16,6 +19,7 @@ optimum-cli flexcompress quantize -m student --mode static --dataset banking77/t
 optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv --columns text=review label=stars \\
     --target avx2 -o student-int8
 optimum-cli flexcompress quantize -m length-adaptive --length-config 315,251,242,159,142,33 -o fewer-tokens-int8
+optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --hub-private-repo
 """
 
     @staticmethod
@@ -90,6 +94,7 @@ optimum-cli flexcompress quantize -m length-adaptive --length-config 315,251,242
             "mse).",
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it exists.")
+        add_hub_arguments(parser)
 
     def execute(self) -> None:
         """See the base class."""
@@ -117,14 +122,19 @@ optimum-cli flexcompress quantize -m length-adaptive --length-config 315,251,242
 
             lengths = read_lengths(args.length_config)
         columns = read_columns(args.columns)
-        examples = self._examples(columns) if args.mode == "static" else None
+        repository = hub_target(args, args.output)
+
+        from optimum_flexcompress.hub import fetch_model
+
+        model = fetch_model(args.model)
+        examples = self._examples(model, columns) if args.mode == "static" else None
 
         from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
 
         print(f"Making {args.model} int8 for {backend.description}: {args.mode}, {target}")
         print(describe_environment(environment_info()))
         result = backend.quantize(
-            args.model,
+            model,
             args.output,
             args.mode,
             target,
@@ -136,10 +146,15 @@ optimum-cli flexcompress quantize -m length-adaptive --length-config 315,251,242
             progress=True,
             **options,
         )
+        from optimum_flexcompress.model_card import write_model_card
+
+        write_model_card(result.path, base_model=args.model, task=args.task)
         print(result.summary())
         print(f"Wrote {args.output}")
+        if repository is not None:
+            print(push(repository, args.output, "Upload int8 model"))
 
-    def _examples(self, columns: dict[str, str]):
+    def _examples(self, model: Path, columns: dict[str, str]):
         from optimum_flexcompress.errors import FlexCompressError
         from optimum_flexcompress.quantization.calibration_data import calibration_examples
 
@@ -147,7 +162,7 @@ optimum-cli flexcompress quantize -m length-adaptive --length-config 315,251,242
         if args.dataset is None:
             raise FlexCompressError("--mode static needs calibration examples: give --dataset, or choose dynamic.")
         return calibration_examples(
-            args.model,
+            model,
             args.dataset,
             args.task,
             samples=args.samples,

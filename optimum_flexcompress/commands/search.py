@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optimum.commands.base import CommandInfo
 from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
+from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target, push
 
 
 class SearchCommand(FlexCompressCommand):
@@ -32,8 +33,8 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             "--model",
             required=True,
             metavar="DIR",
-            help="Folder of a PyTorch model with an encoder, or Hub id: its lengths are searched. Folder of a modular "
-            "checkpoint: its assemblies are.",
+            help="Folder of a PyTorch model with an encoder, or its id on the Hub: its lengths are searched. Those of a "
+            "modular checkpoint: its assemblies are.",
         )
         required.add_argument(
             "--dataset",
@@ -144,6 +145,7 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
         result.add_argument(
             "--no-picture", action="store_true", help="Do not draw the front, which needs the extra `report`."
         )
+        add_hub_arguments(parser, "the model of --save-pick")
 
     def execute(self) -> None:
         """See the base class."""
@@ -157,6 +159,7 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
         def say(line: str) -> None:
             print(line, file=sys.stderr if args.json else sys.stdout)
 
+        repository = hub_target(args, args.save_pick)
         if is_modular(args.model):
             search, options = search_assemblies, {}
             self._refuse_for_assemblies()
@@ -196,6 +199,8 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             say(f"\npicked: {front.name(front.picked)}, which loses {drop:.2f} % at {cost:.0f} % of the cost")
         if args.save_pick is not None:
             say(f"model: {args.save_pick}")
+        if repository is not None:
+            say(push(repository, args.save_pick, "Upload picked model"))
 
     def _refuse_for_assemblies(self) -> None:
         from optimum_flexcompress.errors import FlexCompressError

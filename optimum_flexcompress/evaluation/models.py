@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import FlexCompressError, nearest
+from ..hub import fetch_model, is_hub_id
 from ..tasks.labels import names_of_model
 from .artifact import Artifact
 
@@ -17,7 +18,7 @@ def name_models(
     """Names for models, and which of them is the baseline.
 
     Args:
-        folders: `{name: folder}` or folders.
+        folders: `{name: folder}` or folders; ids on the Hub, which are fetched, do for folders.
         baseline: A name, a folder, or None for the first.
 
     Returns:
@@ -27,22 +28,22 @@ def name_models(
         FlexCompressError: There is no model, or no such baseline.
     """
     if isinstance(folders, Mapping):
-        paths = {str(name): Path(path).expanduser() for name, path in folders.items()}
+        paths = {str(name): fetch_model(path) for name, path in folders.items()}
     else:
-        paths = _unique_names([Path(path).expanduser() for path in folders])
+        paths = _unique_names(folders)
     if baseline is None:
         if not paths:
             raise FlexCompressError("There is no model to measure.")
         baseline = next(iter(paths))
     elif str(baseline) not in paths:
-        path = Path(baseline).expanduser()
+        # A single word is more likely a misspelt name than an id.
+        path = fetch_model(baseline) if "/" in str(baseline) else Path(baseline).expanduser()
         known = next((name for name, other in paths.items() if other.absolute() == path.absolute()), None)
         if known is not None:
             baseline = known
         elif path.exists():
-            others = list(paths.values())
             if not isinstance(folders, Mapping):
-                paths = _unique_names([path, *others])
+                paths = _unique_names([baseline, *folders])
                 baseline = next(iter(paths))
             else:
                 baseline = path.name if path.name not in paths else str(path)
@@ -53,11 +54,16 @@ def name_models(
     return {baseline: paths[baseline], **paths}, baseline
 
 
-def _unique_names(paths: Sequence[Path]) -> dict[str, Path]:
-    """The shortest ends of the paths that tell them apart: `a/student`, `b/student`, but just `teacher`."""
-    absolute = list(dict.fromkeys(path.absolute() for path in paths))
+def _unique_names(models: Sequence[str | os.PathLike]) -> dict[str, Path]:
+    """Ids, and the shortest ends of the paths that tell them apart: `a/student`, `b/student`, but just `teacher`."""
+    ids = [str(model) for model in models if is_hub_id(model)]
+    absolute = list(dict.fromkeys(Path(m).expanduser().absolute() for m in models if not is_hub_id(m)))
     names = {}
-    for path in absolute:
+    for model in models:
+        if str(model) in ids:
+            names[str(model)] = fetch_model(model)
+            continue
+        path = Path(model).expanduser().absolute()
         for depth in range(1, len(path.parts) + 1):
             name = "/".join(path.parts[-depth:])
             if sum("/".join(other.parts[-depth:]) == name for other in absolute) == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import FlexCompressError
+from .cards import write_cards
 from .fingerprint import digest, fingerprint
 from .inputs import check_model_and_data, open_data
 from .schema import Recipe
@@ -57,6 +58,7 @@ def run_recipe(
     *,
     overwrite: bool = False,
     say: Callable[[str], None] = say_at_once,
+    names: Mapping[str, str] | None = None,
 ) -> RecipeResult:
     """Compresses `model` by `recipe`.
 
@@ -72,6 +74,7 @@ def run_recipe(
         output: New folder, or the folder of an earlier run.
         overwrite: Run every stage again; each result is replaced when its successor is complete.
         say: Receives the lines meant for the user.
+        names: By stage, what its model is called in its card, such as its id on the Hub; by default, the stage.
 
     Raises:
         FlexCompressError: See above; also from any stage.
@@ -130,6 +133,7 @@ def run_recipe(
         for position, spec in enumerate(recipe.stages, start=1):
             run.stage(spec, f"[{position}/{len(stages)}] {spec.name}")
         workspace.remove_stages(obsolete)
+        write_cards(recipe, run.result.folders, model, dataset, names or {})
         workspace.clear_scratch()
     run.result.seconds = time.monotonic() - run.started
     say(f"\nfinished in {clock(run.result.seconds)}; everything is in {workspace.path}")

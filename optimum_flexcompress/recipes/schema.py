@@ -56,6 +56,21 @@ class Recipe:
         """How many examples its stages want that none of them trains on."""
         return max(spec.stage.held_out() for spec in self.stages)
 
+    def model_stage(self, name: str | None = None) -> str:
+        """The stage whose model is the result: the one of that name, or the last that makes one.
+
+        Raises:
+            FlexCompressError: There is no such stage, or it makes no model.
+        """
+        makers = [spec.name for spec in self.stages if spec.stage.makes_model]
+        if name is None and makers:
+            return makers[-1]
+        if name not in makers:
+            raise FlexCompressError(
+                f"The recipe {self.name} has no stage {name!r} that makes a model.{nearest(str(name), makers)}"
+            )
+        return name
+
     def to_dict(self) -> dict[str, Any]:
         """Every setting, those left at their defaults too."""
         return {

@@ -29,6 +29,7 @@ from .fingerprint import file_sizes
 
 MANIFEST = "stage.json"
 RUN_FILE = "run.json"
+CARD = "README.md"
 # What a stage that was interrupted can go on from, in its scratch folder: a checkpoint, the scores of a search.
 PROGRESS = ("checkpoint-*/trainer_state.json", "search/search.db")
 _FORMAT = 1
@@ -149,7 +150,8 @@ class Workspace:
             # Absent, or not written by us: either way the stage has to run.
             return None
         sizes = file_sizes(folder)
-        if any(sizes.get(file) != size for file, size in manifest.files.items()):
+        # Cards are written once more when all stages have finished, and by users.
+        if any(sizes.get(file) != size for file, size in manifest.files.items() if file != CARD):
             return None
         return manifest
 

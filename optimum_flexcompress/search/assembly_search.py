@@ -16,6 +16,7 @@ from ..evaluation.cost import count_macs
 from ..evaluation.inputs import example_batch
 from ..evaluation.latency import measure_side_by_side
 from ..evaluation.workloads import forward_inputs, runner
+from ..hub import fetch_model
 from ..methods.modular import Assembly, ModularModel
 from ..tasks import get_task, infer_task
 from ..tasks.base import Task, effective_length
@@ -200,7 +201,7 @@ def search_assemblies(
     )
     if source is None and (task is None or processor is None):
         raise FlexCompressError("A search on a model in memory needs task=... and processor=....")
-    task = get_task(task if task is not None else infer_task(source))
+    task = get_task(task if task is not None else infer_task(fetch_model(source)))
     processor = task.load_processor(source) if processor is None else processor
     length = effective_length(max_length or task.default_max_length, processor)
     held_out = open_held_out(

@@ -21,6 +21,7 @@ from ..evaluation.artifact import find_backend, model_artifact
 from ..evaluation.cost import count_macs
 from ..evaluation.inputs import example_batch
 from ..evaluation.workloads import forward_inputs
+from ..hub import fetch_model, is_hub_id
 from ..length_config import LengthAdaptiveConfig
 from ..model_card import write_model_card
 from ..output import atomic_folder
@@ -41,7 +42,8 @@ class SearchedModel:
         processor: Its tokenizer or image processor.
         training: How it was trained to drop tokens; the defaults where that is not known.
         trained: Whether it was trained for it at all.
-        folder: Where it came from, if from a folder.
+        folder: Where it is, if not in memory; for an id on the Hub, in the cache.
+        source: The folder or the id, as it was given.
     """
 
     model: PreTrainedModel
@@ -51,6 +53,7 @@ class SearchedModel:
     training: LengthAdaptiveConfig
     trained: bool
     folder: Path | None = None
+    source: str | os.PathLike | None = None
 
     @property
     def _stack(self) -> StackView:
@@ -116,6 +119,8 @@ class SearchedModel:
                 target,
                 model,
                 methods=[LengthAdaptiveConfig.method_type],
+                base_model=self.source,
+                name=Path(folder).name,
                 metrics={f"{name}, on the examples of the search": value for name, value in metrics.items()},
             )
 
@@ -151,11 +156,11 @@ def _in_memory(model: PreTrainedModel, task: str | Task | None, processor: Any) 
 
 
 def _in_folder(source: str | os.PathLike, task: str | Task | None, processor: Any) -> SearchedModel:
-    folder = Path(source).expanduser()
+    folder = fetch_model(source)
     if folder.is_dir() and find_backend(folder) != "pytorch":
         raise FlexCompressError(f"{folder} is an ONNX model, whose lengths are fixed: search on the PyTorch model.")
     task = get_task(task if task is not None else infer_task(folder))
-    model = set_lengths(task.load_model(source), None)
+    model = set_lengths(task.load_model(folder), None)
     training = None
     if (folder / FlexCompressConfig.CONFIG_NAME).is_file():
         methods = FlexCompressConfig.from_pretrained(folder).methods
@@ -163,12 +168,13 @@ def _in_folder(source: str | os.PathLike, task: str | Task | None, processor: An
     return SearchedModel(
         model,
         task,
-        folder.name if folder.is_dir() else str(source),
-        processor if processor is not None else task.load_processor(source),
+        str(source) if is_hub_id(source) else folder.name,
+        processor if processor is not None else task.load_processor(folder),
         training or LengthAdaptiveConfig(),
         # One fixed configuration (PoWER-BERT) says nothing about others.
         training is not None and training.lengths is None,
         folder if folder.is_dir() else None,
+        source,
     )
 
 

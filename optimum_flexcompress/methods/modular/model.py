@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ...configuration import FlexCompressConfig
 from ...errors import FlexCompressError
+from ...hub import fetch_model, is_hub_id
 from ...model_card import write_model_card
 from ...modular_config import ModularConfig
 from ...output import atomic_folder
@@ -199,7 +200,8 @@ class ModularModel:
         Args:
             assembly: What to make it from.
             folder: The folder to write, complete or not at all.
-            source: The modular checkpoint, for its name and its tokenizer or image processor.
+            source: The modular checkpoint, a folder or an id on the Hub, for its name, its card and its tokenizer or
+                image processor.
             name: What the model is called; the name of the folder when `None`.
             overwrite: Whether the folder may be replaced.
 
@@ -220,8 +222,8 @@ class ModularModel:
                 temporary,
                 small,
                 methods=[self.config.method_type],
-                base_model=self.model.config._name_or_path or None,
-                lines=_card_lines(assembly, Path(source).name if source is not None else None),
+                base_model=source if source is not None else self.model.config._name_or_path,
+                lines=_card_lines(assembly, _name_of(source)),
                 name=name or Path(folder).name,
             )
         return assembly
@@ -249,14 +251,14 @@ class ModularModel:
         """Loads a modular checkpoint: what [`FlexCompressTrainer.save_model`] wrote, or a checkpoint of the trainer.
 
         Args:
-            folder: The folder.
+            folder: The folder, or an id on the Hub.
             model_class: The class of the model; read from its `config.json` when `None`.
             **kwargs: For its `from_pretrained`, such as `dtype`.
 
         Raises:
             FlexCompressError: It is no modular checkpoint, or its modules do not fit its model.
         """
-        folder = Path(folder).expanduser()
+        folder = fetch_model(folder)
         if not folder.is_dir():
             raise FlexCompressError(f"There is no folder {folder}: check the path of the modular checkpoint.")
         config = _config_of(folder)
@@ -287,8 +289,14 @@ class ModularModel:
 
 
 def is_modular(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a modular checkpoint."""
-    return (Path(folder).expanduser() / MODULES_NAME).is_file()
+    """Whether a folder, or what an id on the Hub names, is a modular checkpoint."""
+    return (fetch_model(folder) / MODULES_NAME).is_file()
+
+
+def _name_of(source: str | os.PathLike | None) -> str | None:
+    if source is None:
+        return None
+    return str(source) if is_hub_id(source) else Path(source).name
 
 
 def _card_lines(assembly: Assembly, source: str | None) -> list[str]:

@@ -112,11 +112,13 @@ class Stage:
     Attributes:
         Settings: Dataclass of the settings that the recipe may give.
         produces: What the folder holds, in a word or two, for the summary.
+        makes_model: Whether the folder is that of a model.
         entry_point: The file in the folder that the user opens; empty for the folder itself.
     """
 
     Settings: ClassVar[type]
     produces: ClassVar[str] = "model"
+    makes_model: ClassVar[bool] = True
     entry_point: ClassVar[str] = ""
 
     def __init__(self, settings: Any):

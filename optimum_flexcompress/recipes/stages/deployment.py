@@ -235,6 +235,7 @@ class Benchmark(Stage):
     Settings = BenchmarkSettings
     settings: BenchmarkSettings
     produces = "report"
+    makes_model = False
     entry_point = "report.html"
 
     def inputs(self) -> list[str]:

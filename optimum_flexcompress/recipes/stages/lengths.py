@@ -138,6 +138,7 @@ class Search(Stage):
     Settings = SearchSettings
     settings: SearchSettings
     produces = "front"
+    makes_model = False
     entry_point = "front.png"
 
     def inputs(self) -> list[str]:
@@ -234,6 +235,7 @@ class Pick(Stage):
     Settings = PickSettings
     settings: PickSettings
     produces = "lengths"
+    makes_model = False
     entry_point = "front.png"
 
     def inputs(self) -> list[str]:
