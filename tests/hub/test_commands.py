@@ -72,6 +72,27 @@ def test_quantize_takes_an_id_and_pushes_what_loads_by_its_own(hub, client, fold
     assert 'ORTModelForSequenceClassification.from_pretrained("ada/int8")' in card.text
 
 
+def load_openvino(repo: str, **options):
+    """An int8 model for OpenVINO by its id."""
+    from optimum_flexcompress import OVQuantizedModelForSequenceClassification
+
+    model = OVQuantizedModelForSequenceClassification.from_pretrained(repo, **options)
+    return model(**inputs_for(build("bert", "BertForSequenceClassification"))).logits
+
+
+def test_saved_models_of_other_runtimes_load_by_id_and_revision(hub, client, folder, on_the_hub, tmp_path):
+    data = ["--mode", "static", "--dataset", folder / "reviews.csv", "--samples", "2"]
+    options = ["--backend", "openvino", *data, "-o", tmp_path / "ov", "--push-to-hub"]
+    code, out, err = client.cli("quantize", "-m", "ada/model", *options)
+    assert code == 0, err
+    commit = hub.repos["ada/ov"].refs["main"]
+    local = client(load_openvino, str(tmp_path / "ov"))
+    torch.testing.assert_close(client(load_openvino, "ada/ov", revision=commit), local, rtol=0, atol=0)
+    card = ModelCard(hub.files("ada/ov")["README.md"].decode())
+    assert card.data.tags[-2:] == ["int8", "openvino"]
+    assert 'OVQuantizedModelForSequenceClassification.from_pretrained("ada/ov")' in card.text
+
+
 def test_static_int8_takes_its_examples_through_the_tokenizer_of_an_id(client, folder, on_the_hub, tmp_path):
     data = ["--mode", "static", "--dataset", folder / "reviews.csv", "--samples", "2"]
     code, out, err = client.cli("quantize", "-m", "ada/model", *data, "-o", tmp_path / "static")
