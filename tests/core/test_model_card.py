@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from huggingface_hub import ModelCard
 from transformers import ElectraConfig, ElectraModel, TrainingArguments
 
@@ -13,8 +15,12 @@ from optimum_flexcompress import (
     keep_layers,
     select,
 )
-from optimum_flexcompress.model_card import write_model_card
+from optimum_flexcompress.evaluation import Report
+from optimum_flexcompress.model_card import Measured, rename_card, write_model_card
 from tests.tiny import build
+
+
+RESULTS = Path(__file__).parents[2] / "examples" / "benchmarks" / "results"
 
 
 def test_card_names_the_import_where_it_is_needed(tmp_path):
@@ -49,6 +55,40 @@ def test_a_family_without_a_table_gets_a_card_too(tmp_path):
     model = ElectraModel(ElectraConfig(vocab_size=20, num_hidden_layers=1, **sizes))
     text = write_model_card(tmp_path, model).read_text()
     assert f"{model.num_parameters():,} parameters." in text
+
+
+def test_figures_of_a_benchmark(tmp_path):
+    report = Report.load(RESULTS / "quickstart.json")
+    student = keep_layers(build("bert", "BertForSequenceClassification"), [0])
+    measured = Measured(report, report.models[-1].name, "org/banking77")
+    card = ModelCard.load(write_model_card(tmp_path, student, measured=measured, name="me/student"))
+    assert card.data.datasets == ["org/banking77"] and card.data.model_name == "me/student"
+    result = next(result for result in card.data.eval_results if result.metric_type == "accuracy")
+    assert result.metric_value == report.models[-1].metrics["accuracy"]
+    assert (result.task_type, result.dataset_type, result.dataset_split) == (report.task, "org/banking77", "test")
+    for words in ("92.21 %", "92.27 % (+0.06 pt)", "| parameters | 22.7 M | ", "avx512_vnni", "onnxruntime 1."):
+        assert words in card.text, words
+    assert "| time, 1x64 | " in card.text and "x faster) |" in card.text
+
+
+def test_the_licence_of_the_base_is_passed_on(tmp_path):
+    (tmp_path / "base").mkdir()
+    licence = "license: other\nlicense_name: house\nlicense_link: LICENSE\nbase_model: org/first\n"
+    (tmp_path / "base" / "README.md").write_text(f"---\n{licence}---\n\n# Base\n")
+    path = write_model_card(tmp_path, build("bert", "BertModel"), base_model=tmp_path / "base")
+    data = ModelCard.load(path).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "house", "LICENSE")
+    assert data.base_model == "org/first"
+
+
+def test_a_model_gets_another_name(tmp_path):
+    path = write_model_card(tmp_path, build("bert", "BertModel"), name="first")
+    rename_card(tmp_path, "me/there")
+    card = ModelCard.load(path)
+    assert card.data.model_name == "me/there" and "first" not in card.text
+    path.write_text("mine")
+    rename_card(tmp_path, "me/there")
+    assert path.read_text() == "mine"
 
 
 def test_the_trainer_writes_it(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.model_card import write_model_card
 from tests.hub.server import File, Repo
 from tests.methods.modular.helpers import deep, with_modules
@@ -160,6 +161,16 @@ def test_a_network_that_fails_in_the_middle(hub, client, folder, tmp_path, place
     client(hf, ["upload", "ada/broken", str(out), "."])
     assert hub.files("ada/broken")["model.onnx"] == (out / "model.onnx").read_bytes()
     assert len(hub.repos["ada/broken"].messages) == 2
+
+
+def test_a_licence_that_the_hub_does_not_know(hub, client, folder, tmp_path):
+    hub.repos["bob/odd"] = Repo(private=False)
+    hub.repos["bob/odd"].commit("main", {"README.md": File(b"---\nlicense: home-made\n---\n")}, "base")
+    with pytest.raises(
+        FlexCompressError, match='refuses the model card .*"license" cannot be home-made.* mend the top'
+    ):
+        client(upload, str(folder / "model"), "ada/odd", base="bob/odd")
+    assert set(hub.files("ada/odd")) == {".gitattributes"}
 
 
 def hf(arguments: list[str]):

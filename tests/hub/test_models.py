@@ -164,6 +164,29 @@ def push_stock(folder: str):
     FlexCompressTrainer(build("bert", "BertForSequenceClassification"), arguments).push_to_hub()
 
 
+def push_into_the_void(folder: str):
+    """A push that fails after training; the waits between attempts are left out."""
+    from unittest.mock import patch
+
+    trainer = trainer_for(folder, hub_model_id="ada/void")
+    trainer.train()
+    with patch("huggingface_hub.utils._http.time.sleep"):
+        trainer.push_to_hub()
+
+
+def test_a_trainer_whose_push_fails_keeps_the_model(hub, client, tmp_path):
+    folder = tmp_path / "run"
+    hub.break_at = ("POST", "/api/models/ada/void/commit")
+    try:
+        with pytest.raises(FlexCompressError, match="the connection to the Hub failed") as caught:
+            client(push_into_the_void, str(folder))
+    finally:
+        hub.break_at = None
+    assert f"{folder} is kept" in str(caught.value) and f"`hf upload ada/void {folder} .`" in str(caught.value)
+    assert (folder / "model.safetensors").is_file() and (folder / "README.md").is_file()
+    assert set(hub.files("ada/void")) == {".gitattributes"}
+
+
 @pytest.mark.parametrize(
     ("token", "message"),
     [

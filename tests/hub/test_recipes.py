@@ -87,6 +87,21 @@ def test_another_stage_can_be_pushed(hub, compress):
     assert not (compress.folder / "finetune" / "README.md").exists()
 
 
+def test_a_recipe_starts_from_an_id(hub, client, compress, data_folder, tmp_path):  # noqa: F811
+    (tmp_path / "export.yaml").write_text("stages:\n  finetune: {}\n  export: {model: finetune}\n")
+    options = ["--dataset", data_folder, "--task", "text-classification", "--recipe", tmp_path / "export.yaml"]
+    code, out, err = client.cli("compress", "-m", "ada/student", *options, "-o", tmp_path / "out", "--push-to-hub")
+    assert code == 0, err
+    assert "ada/student is trained for the task already" in out and "Pushed export to ada/out" in out
+    card = ModelCard(hub.files("ada/out")["README.md"].decode())
+    assert card.data.base_model == "ada/student" and card.data.license == "mit"
+    assert card.data.tags == ["optimum-flexcompress", "distillation", "onnx"]
+    code, _, err = client.cli("compress", "-m", "ada/nothing", *options, "-o", tmp_path / "none")
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert code == 1 and "no model of that name could be fetched from the Hub" in line
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("stage", "message"), [("quantise", 'Did you mean "quantize"?'), ("benchmark", "that makes a model")]
 )
