@@ -18,6 +18,7 @@ optimum-cli flexcompress quantize -m student -o student-int8
 optimum-cli flexcompress quantize -m student --mode static --dataset banking77/train.csv -o student-int8
 optimum-cli flexcompress quantize -m student --mode static --dataset reviews.csv --columns text=review label=stars \\
     --target avx2 -o student-int8
+optimum-cli flexcompress quantize -m student --backend openvino --mode static --dataset banking77/train.csv -o student-ov
 optimum-cli flexcompress quantize -m length-adaptive --length-config 315,251,242,159,142,33 -o fewer-tokens-int8
 optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --hub-private-repo
 """
@@ -39,7 +40,8 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         how.add_argument(
             "--backend",
             default="ort",
-            help="The runtime: ort, for ONNX Runtime, or torchao, for PyTorch on CUDA (default: %(default)s).",
+            help="The runtime: ort, for ONNX Runtime; openvino, static only; or torchao, for PyTorch on CUDA (default: "
+            "%(default)s).",
         )
         how.add_argument(
             "--mode",

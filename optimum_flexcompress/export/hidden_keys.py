@@ -32,11 +32,17 @@ def _projection(graph: Graph, tensor: str) -> tuple[str, str, np.ndarray | None]
     return product.input[0], product.input[1], bias
 
 
-def widened_projections(graph: Graph, item: Attention, base: str) -> tuple[str, str] | None:
-    """Query and key with one more dim a head, whose product is the mask.
+def widened_projections(graph: Graph, item: Attention, base: str, extra: int = 1) -> tuple[str, str] | None:
+    """Query and key with more dims a head, whose product is the mask.
+
+    Args:
+        graph: The graph.
+        item: The attention.
+        base: What names are made from.
+        extra: How many more; the last of them is what the mask needs, others are 0.
 
     Returns:
-        The two tensors, `(batch, length, heads * (size + 1))`; None where they come from no linear layer.
+        The two tensors, `(batch, length, heads * (size + extra))`; None where they come from no linear layer.
     """
     projections = [_projection(graph, name) for name in (item.query, item.key)]
     if None in projections:
@@ -45,17 +51,18 @@ def widened_projections(graph: Graph, item: Attention, base: str) -> tuple[str, 
     for (source, weight, bias), constant, what in zip(projections, (1.0, 0.0), ("query", "key")):
         old = graph.constant(weight)
         width = old.shape[0]
-        wide = np.zeros((width, item.heads, item.size + 1), np.float32)
-        wide[..., :-1] = old.reshape(width, item.heads, item.size)
-        wide_bias = np.full((item.heads, item.size + 1), constant, np.float32)
-        wide_bias[:, :-1] = 0.0 if bias is None else bias.reshape(item.heads, item.size)
+        wide = np.zeros((width, item.heads, item.size + extra), np.float32)
+        wide[..., : item.size] = old.reshape(width, item.heads, item.size)
+        wide_bias = np.zeros((item.heads, item.size + extra), np.float32)
+        wide_bias[:, -1] = constant
+        wide_bias[:, : item.size] = 0.0 if bias is None else bias.reshape(item.heads, item.size)
         name = f"{base}.{what}"
         product = graph.add_node(
             "MatMul", [source, graph.add_constant(f"{name}.weight", wide.reshape(width, -1))], f"{name}.MatMul"
         )
         bias_name = graph.add_constant(f"{name}.bias", wide_bias.reshape(-1))
         tensors.append(graph.add_node("Add", [product, bias_name], f"{name}.Add"))
-    tensors[1] = graph.add_node("Add", [tensors[1], _hidden_keys(graph, item)], f"{base}.key.mask")
+    tensors[1] = graph.add_node("Add", [tensors[1], _hidden_keys(graph, item, extra)], f"{base}.key.mask")
     return tensors[0], tensors[1]
 
 
@@ -78,11 +85,11 @@ def score_of_hidden(graph: Graph, item: Attention) -> str:
     return name
 
 
-def _hidden_keys(graph: Graph, item: Attention) -> str:
-    """`(batch, keys, heads * (size + 1))`: the scores of hidden keys in the last dim of every head, else 0."""
-    name = f"flexcompress.{item.mask_input or item.mask}.{item.heads}x{item.size}.{item.scale:g}"
+def _hidden_keys(graph: Graph, item: Attention, extra: int) -> str:
+    """`(batch, keys, heads * (size + extra))`: the scores of hidden keys in the last dim of every head, else 0."""
+    name = f"flexcompress.{item.mask_input or item.mask}.{item.heads}x{item.size}+{extra}.{item.scale:g}"
     if graph.producer(name) is None:
-        place = np.zeros((1, 1, item.heads, item.size + 1), np.float32)
+        place = np.zeros((1, 1, item.heads, item.size + extra), np.float32)
         place[..., -1] = 1.0 / item.scale
         axis = graph.add_constant(f"{name}.axis", np.array([2], np.int64))
         column = graph.add_node("Unsqueeze", [score_of_hidden(graph, item), axis], f"{name}.Unsqueeze")

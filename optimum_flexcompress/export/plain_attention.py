@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto
 from transformers import PretrainedConfig
 
-from .attention import SPLIT_HEADS, SPLIT_HEADS_SWAPPED, Attention
+from .attention import SPLIT_HEADS, SWAP_LAST, Attention
 from .fusion import Form, FusionReport, fuse_graph
 from .graph import MICROSOFT, Graph, attribute
 from .hidden_keys import score_of_hidden, widened_projections
@@ -98,7 +98,8 @@ def _share_maps(graph: Graph, item: Attention, significance: Significance) -> No
     base = f"{item.name.replace('/', '.')}{SHARED}"
     projections, mask = (item.query, item.key), item.mask
     if item.mask_input is not None or item.mask_is_row:
-        widened = widened_projections(graph, item, base)
+        # Products in half precision take dims in pairs.
+        widened = widened_projections(graph, item, base, extra=1 + (item.size + 1) % 2)
         if widened is not None:
             projections, mask = widened, None
         else:
@@ -124,7 +125,9 @@ def _split(graph: Graph, tensor: str, heads: int, order: tuple[int, ...], base: 
 def _maps(graph: Graph, query: str, key: str, heads: int, scale: float, mask: str | None, base: str) -> str:
     """The attention maps, `(batch, heads, queries, keys)`."""
     query = _split(graph, query, heads, SPLIT_HEADS, f"{base}.query")
-    key = _split(graph, key, heads, SPLIT_HEADS_SWAPPED, f"{base}.key")
+    # OpenVINO lets the product swap the last two axes, where they are swapped by themselves.
+    key = _split(graph, key, heads, SPLIT_HEADS, f"{base}.key")
+    key = graph.add_node("Transpose", [key], f"{base}.key.swapped", perm=SWAP_LAST)
     scores = graph.add_node("MatMul", [query, key], f"{base}.scores")
     if scale != 1:
         factor = graph.add_constant(f"{base}.scale", np.float32(scale))

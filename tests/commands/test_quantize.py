@@ -9,6 +9,7 @@ import torch
 from optimum.commands.flexcompress.quantize import QuantizeCommand
 from optimum.onnxruntime import ORTModelForSequenceClassification
 
+from optimum_flexcompress import OVQuantizedModelForSequenceClassification
 from tests.tasks.toys import word_tokenizer
 from tests.tiny import build, inputs_for
 
@@ -46,6 +47,18 @@ def test_an_int8_folder_that_loads(folder, tmp_path, capsys, mode):
     assert torch.isfinite(model(**inputs_for(build("bert", "BertForSequenceClassification"))).logits).all()
 
 
+def test_openvino(folder, tmp_path, capsys):
+    data = ["--dataset", folder / "reviews.csv", "--columns", "text=opinion", "label=verdict"]
+    options = ["--backend", "openvino", "--mode", "static", "--length-config", "0.9,0.5,0.3"]
+    assert run("-m", folder / "model", *options, *data, "-o", tmp_path / "int8") == 0
+    out = capsys.readouterr().out
+    # The head reads the first token only: the last choice is spared.
+    assert "int8 for OpenVINO: static" in out and "20 int8 products (static), 2 layers drop tokens" in out
+    model = OVQuantizedModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+    assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
+    assert torch.isfinite(model(**inputs_for(build("bert", "BertForSequenceClassification"))).logits).all()
+
+
 def test_lengths(folder, tmp_path):
     assert run("-m", folder / "model", "--length-config", "7,4,2", "-o", tmp_path / "int8") == 0
     model = ORTModelForSequenceClassification.from_pretrained(tmp_path / "int8")
@@ -59,6 +72,7 @@ def test_lengths(folder, tmp_path):
         (["--length-config", "7,4"], "The lengths are for 2 layers"),
         (["--length-config", "7;4;2"], "is no length configuration"),
         (["--backend", "ortt"], "'ortt' is no quantization backend. Did you mean \"ort\"?"),
+        (["--backend", "openvino"], "choose --mode static, and give --dataset, or --backend ort"),
         (["--mode", "static"], "--mode static needs calibration examples: give --dataset, or choose dynamic."),
         (["--mode", "statik"], 'Did you mean "static"?'),
         (["--target", "avx"], "'avx' is no quantization target."),

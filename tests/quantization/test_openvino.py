@@ -85,9 +85,18 @@ def test_int8(tmp_path, family, kind):
     assert_near(int8, model)
 
 
-@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM"])
-def test_other_heads(tmp_path, name):
-    model = make("bert", name, "stock")
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("bert", "BertModel"),
+        ("bert", "BertForMaskedLM"),
+        ("gpt2", "GPT2ForSequenceClassification"),
+        ("bart", "BartForSequenceClassification"),
+        ("t5", "T5EncoderModel"),
+    ],
+)
+def test_other_heads_and_families(tmp_path, family, name):
+    model = make(family, name, "stock")
     quantize(model, tmp_path / "int8")
     int8 = OVQuantizedModel.from_pretrained(tmp_path / "int8", precision="f32")
     assert_near(int8, model, ((3, 9),))
