@@ -134,8 +134,9 @@ class Observer(Answering):
                 )
             self.extremes[name] = min(low, least), max(high, most)
             return
-        found = np.histogram(tensor.detach().numpy(), BINS, (low, high))[0]
-        self.counts[name] = self.counts.get(name, 0) + found
+        if low < high:  # else there is nothing but zeros
+            found = torch.histc(tensor.detach(), BINS, low, high).long().numpy()
+            self.counts[name] = self.counts.get(name, 0) + found
 
     def linear(self, name, hidden, weight, bias):
         self.see(name, hidden)
@@ -154,7 +155,10 @@ class Observer(Answering):
         if not self.counts:
             return self.extremes
         method, percentile = self.config.calibration_method, self.config.percentile
-        return {name: range_of(self.counts[name], ends, method, percentile) for name, ends in self.extremes.items()}
+        return {
+            name: range_of(self.counts[name], ends, method, percentile) if name in self.counts else ends
+            for name, ends in self.extremes.items()
+        }
 
 
 class Int8(Answering):

@@ -50,7 +50,7 @@ def attention_received(
         return ReceivedAttention.apply(query, key, bias, weights, attention.num_heads, attention.head_size, scale)
     maps = ATTENTION_MAPS.get()
     if maps is not None:
-        return column_sums(maps, valid)
+        return _column_sums_in_one(maps, valid)
     query, key = (
         part.detach().unflatten(-1, (attention.num_heads, attention.head_size)).transpose(1, 2)
         for part in (query, key)
@@ -72,6 +72,15 @@ def attention_received(
         received = column_sums(torch.softmax(scores, dim=-1, dtype=torch.float32), valid)
         total = received if total is None else total + received
     return total
+
+
+def _column_sums_in_one(maps: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """What [`column_sums`] returns, from one product for each sample instead of one for each head."""
+    if valid is None:
+        return column_sums(maps, valid)
+    batch, heads, length, _ = maps.shape
+    weights = valid[:, None, :].to(maps.dtype).expand(-1, heads, -1).reshape(batch, 1, -1)
+    return torch.bmm(weights, maps.reshape(batch, heads * length, length))[:, 0]
 
 
 def column_sums(maps: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
