@@ -142,13 +142,12 @@ class HubTarget:
             )
         return cls(name if "/" in name else f"{user}/{name}", private, token)
 
-    def push(self, folder: str | os.PathLike, message: str, again: str | None = None) -> str:
+    def push(self, folder: str | os.PathLike, message: str) -> str:
         """Pushes a folder in one commit: on the Hub, either all of it is there or nothing has changed.
 
         Args:
             folder: The folder, which stays as it is.
             message: Of the commit.
-            again: The command that pushes the same once more, for the error; by default one of the Hub's own client.
 
         Returns:
             The page of the commit.
@@ -156,9 +155,8 @@ class HubTarget:
         Raises:
             FlexCompressError: The push failed; the folder is kept, and the message says how to push it again.
         """
-        again = again or self.command(folder)
         api = HfApi(token=self.token)
-        with explained_push(self.repo_id, folder, again):
+        with explained_push(self.repo_id, folder, self.private):
             api.create_repo(self.repo_id, private=self.private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=self.repo_id,
@@ -170,18 +168,21 @@ class HubTarget:
 
     def command(self, folder: str | os.PathLike) -> str:
         """What to type to push a folder with the Hub's own client."""
-        private = " --private" if self.private else ""
-        return f"hf upload {self.repo_id} {shlex.quote(str(folder))} .{private}"
+        left_out = [pattern for pattern in (*_NOT_PUSHED, "checkpoint-*") if any(Path(folder).glob(pattern))]
+        words = ["hf", "upload", self.repo_id, str(folder), ".", *(["--private"] if self.private else [])]
+        return shlex.join([*words, *(word for pattern in left_out for word in ("--exclude", pattern))])
 
 
 @contextlib.contextmanager
-def explained_push(repo_id: str, folder: str | os.PathLike | None = None, again: str | None = None) -> Iterator[None]:
+def explained_push(
+    repo_id: str, folder: str | os.PathLike | None = None, private: bool | None = None
+) -> Iterator[None]:
     """Turns the errors of a push, or of what comes before it, into one sentence.
 
     Args:
         repo_id: Where to.
         folder: What was to be pushed.
-        again: The command that pushes it once more.
+        private: Whether the repository was to be made private.
 
     Raises:
         FlexCompressError: Instead of what the Hub's client raises.
@@ -202,6 +203,7 @@ def explained_push(repo_id: str, folder: str | os.PathLike | None = None, again:
         text = f"{repo_id} was not pushed: {reason}"
         if folder is None:
             raise FlexCompressError(f"{text}; {cure}.") from error
+        again = HubTarget(repo_id, private).command(folder)
         raise FlexCompressError(
             f"{text}; nothing of it was published, and {folder} is kept: {cure}, then push it with `{again}`."
         ) from error

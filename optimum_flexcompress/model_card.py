@@ -161,8 +161,7 @@ def write_model_card(
         "base_model_relation": "quantized" if base.id and "int8" in form.tags else None,
         "pipeline_tag": task,
         "model_name": name,
-        **base.passed_on,
-        "license": licence or base.passed_on.get("license"),
+        "license": licence,
     }
     figures: list[str] = []
     if measured is not None:
@@ -174,7 +173,8 @@ def write_model_card(
         figures = figure_lines(measured.report, measured.name)
     elif metrics:
         figures = ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4g} |" for key, value in metrics.items())]
-    data = ModelCardData(**{**extra, **{key: value for key, value in known.items() if value is not None}})
+    known = {key: value for key, value in known.items() if value is not None}
+    data = ModelCardData(**{**base.passed_on, **extra, **known})
     origin = f", made from [`{base.id}`](https://huggingface.co/{base.id})" if base.id else ""
     runtime = "" if form.is_pytorch else f" for {form.runtime}"
     text = [

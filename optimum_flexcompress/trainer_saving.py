@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers.modelcard import TrainingSummary, make_markdown_table
 
-from .hub import HubTarget, explained_push, repo_name
+from .hub import explained_push, repo_name
 from .methods.teacher import unwrap_peft
 from .model_card import write_model_card
 
@@ -108,7 +108,7 @@ class SavingMixin:
         folder = self.args.output_dir
         repo = self.hub_model_id or repo_name(self.args.hub_model_id, folder)
         try:
-            with explained_push(repo, folder, HubTarget(repo).command(folder)):
+            with explained_push(repo, folder):
                 return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         finally:
             self._pushed_card = None

@@ -79,6 +79,9 @@ def test_the_licence_of_the_base_is_passed_on(tmp_path):
     data = ModelCard.load(path).data
     assert (data.license, data.license_name, data.license_link) == ("other", "house", "LICENSE")
     assert data.base_model == "org/first"
+    given = {"base_model": tmp_path / "base", "licence": "mit", "metadata": {"language": "en"}}
+    data = ModelCard.load(write_model_card(tmp_path, build("bert", "BertModel"), **given)).data
+    assert (data.license, data.language) == ("mit", "en")
 
 
 def test_a_model_gets_another_name(tmp_path):

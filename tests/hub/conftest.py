@@ -24,7 +24,7 @@ USERS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hub() -> Iterator[Hub]:
     """The server. Its users are `ada`, who is in the organization `analysts` too, and `bob`."""
     server = Hub(USERS)
@@ -51,7 +51,7 @@ class Client:
         return self(_cli, [str(argument) for argument in arguments], token=token, **more)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def client(hub, tmp_path_factory) -> Iterator[Client]:
     """Runs functions and commands against the Hub, as `ada` unless told otherwise."""
     environment = {
