@@ -41,6 +41,9 @@ class ModularConfig(MethodConfig):
         hidden_states_weight: Weight of the error in hidden states at the end of replaced blocks: squared, relative to
             the squared length of the original's, since the residual stream grows from layer to layer. Taken before
             the final norm of the stack.
+        blocks_weight: Weight of the same error of every module in every step, on its own: it is given the hidden states
+            that the original model has at the start of its block. A route trains a few modules in a step; this trains
+            all of them, at the price of one more pass through each.
         attention_weight: Weight of the KL divergence between the attention maps of a module and those of the last
             layer that it stands for; in decoders of cross-attention too. Both attend eagerly in training steps.
         task_loss_weight: Weight of the model's own loss on the labels.
@@ -61,6 +64,7 @@ class ModularConfig(MethodConfig):
     logits_weight: float = 1.0
     temperature: float = 2.0
     hidden_states_weight: float = 1.0
+    blocks_weight: float = 1.0
     attention_weight: float = 1.0
     task_loss_weight: float = 1.0
     evaluated_ratio: float | None = None
@@ -82,7 +86,7 @@ class ModularConfig(MethodConfig):
             check_number(f"modular.{name}", value, minimum=0.0)
             if value > 1:
                 raise FlexCompressError(f"modular.{name} is {value:g}: give a share between 0 and 1.")
-        names = ("logits_weight", "hidden_states_weight", "attention_weight", "task_loss_weight")
+        names = ("logits_weight", "hidden_states_weight", "blocks_weight", "attention_weight", "task_loss_weight")
         self._check_weights(*names)
         if not any(getattr(self, name) for name in names):
             raise FlexCompressError(f"modular has no loss: set one of {', '.join(names)} above 0.")
@@ -109,6 +113,7 @@ class ModularConfig(MethodConfig):
         alone = {
             "logits_weight": 0.0,
             "hidden_states_weight": 0.0,
+            "blocks_weight": 0.0,
             "attention_weight": 0.0,
             "uniform_fraction": 0.0,
             "curriculum_fraction": 0.0,
@@ -118,4 +123,4 @@ class ModularConfig(MethodConfig):
     @property
     def has_teacher(self) -> bool:
         """Whether the original layers run too, to be learned from."""
-        return bool(self.logits_weight or self.hidden_states_weight or self.attention_weight)
+        return bool(self.logits_weight or self.hidden_states_weight or self.blocks_weight or self.attention_weight)

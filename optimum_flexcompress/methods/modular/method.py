@@ -22,7 +22,7 @@ from ..teacher import Teacher, unwrap_peft
 from .assembly import Assembly, Piece
 from .curriculum import draw_route
 from .model import ModularModel
-from .modules import describe_whole, follow, module_name, template_of, usable_granularities
+from .modules import describe_whole, follow, module_name, pieces_of, template_of, usable_granularities
 from .observer import Observation, Observer
 from .routing import Router
 from .strategies import SIZE_FIRST, choose
@@ -32,11 +32,12 @@ _TARGETS, _LOGITS = "modular.targets", "modular.logits"
 
 
 class ModularMethod(CompressionMethod):
-    """Terms `modular_logits`, `modular_hidden_states_<stack>`, `modular_attention_<stack>` and
-    `modular_cross_attention`; see [`ModularConfig`].
+    """Terms `modular_logits`, `modular_hidden_states_<stack>`, `modular_attention_<stack>`,
+    `modular_cross_attention` and `modular_blocks_<stack>`; see [`ModularConfig`].
 
     A step runs the original layers first, without gradients, and then a route through layers and modules, which is
-    drawn from the seed and the optimizer step: it is the same on all processes and for all batches of a step.
+    drawn from the seed and the optimizer step: it is the same on all processes and for all batches of a step. Last,
+    each module runs by itself on what the first layer of its block was given.
     Evaluations run `evaluated_ratio`; what is saved, and what the trainer's model is, is the full model.
     """
 
@@ -162,6 +163,15 @@ class ModularMethod(CompressionMethod):
     def _matches_layers(self) -> bool:
         return bool(self.config.hidden_states_weight or self.config.attention_weight)
 
+    def _all_modules(self, stack: str | None = None) -> list[tuple[str, Piece]]:
+        """Every module, by the name of its stack and what it stands for."""
+        return [
+            (name, piece)
+            for name, granularities in self._modular.granularities.items()
+            for piece in pieces_of(self._modular.depths[name], granularities)
+            if stack in (None, name)
+        ]
+
     def _replaced(self, stack: str | None = None) -> list[tuple[str, Piece]]:
         """The modules of the step."""
         return [
@@ -171,7 +181,7 @@ class ModularMethod(CompressionMethod):
             if piece.is_module and stack in (None, name)
         ]
 
-    def _observe(self, layers: dict[tuple[str, Piece], nn.Module]) -> None:
+    def _observe(self, layers: dict[tuple[str, Any], nn.Module]) -> None:
         tables = {name: stack.table for name, stack in self._view.stacks.items()}
         watched = {key: (tables[key[0]], layer) for key, layer in layers.items()}
         self._observer.start(watched, maps=bool(self.config.attention_weight))
@@ -180,8 +190,10 @@ class ModularMethod(CompressionMethod):
         """Runs the original layers, without dropout and gradients."""
         stacks = self._view.stacks
         self._router.route = {}
-        if self._matches_layers:
-            self._observe({(name, p): stacks[name].layers[p.stop - 1].module for name, p in self._replaced()})
+        places = {(name, piece.stop - 1) for name, piece in self._replaced()} if self._matches_layers else set()
+        if self.config.blocks_weight:
+            places |= {(name, place) for name, p in self._all_modules() for place in (p.start, p.stop - 1)}
+        self._observe({(name, place): stacks[name].layers[place].module for name, place in places})
         training = step.model.training
         step.model.eval()
         try:
@@ -192,7 +204,7 @@ class ModularMethod(CompressionMethod):
         step.shared[_LOGITS] = step.teacher_outputs
 
     def _follow_checkpointing(self) -> None:
-        for name, piece in self._replaced():
+        for name, piece in self._all_modules() if self.config.blocks_weight else self._replaced():
             original = self._view.stacks[name].layers[template_of(piece, self.config)].module
             follow(self.modules[module_name(name, piece)], original)
 
@@ -218,6 +230,9 @@ class ModularMethod(CompressionMethod):
                 counts[f"modular_attention_{name}"] = samples
                 if self._view.stacks[name].table.cross_attention is not None:
                     counts["modular_cross_attention"] = samples
+            if config.blocks_weight:
+                valid = valid_positions(batch, name, self._single)
+                counts[f"modular_blocks_{name}"] = samples if valid is None else valid.sum()
         return counts
 
     def loss_terms(self, step: Step) -> dict[str, LossTerm]:
@@ -229,12 +244,14 @@ class ModularMethod(CompressionMethod):
             targets = step.shared[_LOGITS]
             value = logits_loss(self._head, step.outputs, targets, step.inputs, kind, config.temperature)
             terms["modular_logits"] = LossTerm(value, config.logits_weight)
-        if not self._matches_layers:
-            return terms
-        seen, targets = self._observer.stop(), step.shared[_TARGETS]
+        seen, targets = self._observer.stop(), step.shared.get(_TARGETS, {})
         for name in self._modular.granularities:
             valid = valid_positions(step.inputs, name, self._single)
-            pairs = [(seen[key], targets[key]) for key in self._replaced(name)]
+            if config.blocks_weight:
+                terms[f"modular_blocks_{name}"] = LossTerm(self._blocks(name, targets, valid), config.blocks_weight)
+            if not self._matches_layers:
+                continue
+            pairs = [(seen[name, piece], targets[name, piece.stop - 1]) for _, piece in self._replaced(name)]
             if config.hidden_states_weight:
                 value = _mean([relative_error(a.hidden, b.hidden, valid) for a, b in pairs], step)
                 terms[f"modular_hidden_states_{name}"] = LossTerm(value, config.hidden_states_weight)
@@ -243,6 +260,16 @@ class ModularMethod(CompressionMethod):
                 if self._view.stacks[name].table.cross_attention is not None:
                     terms["modular_cross_attention"] = self._maps_term("cross_attention", pairs, valid, step)
         return terms
+
+    def _blocks(self, stack: str, targets: Mapping, valid: torch.Tensor | None) -> torch.Tensor:
+        """The mean error of the modules of a stack, each fed with what its block is given in the original model."""
+        place, errors = self._view.stacks[stack].table.hidden_output, []
+        for name, piece in self._all_modules(stack):
+            args, kwargs = targets[name, piece.start].arguments
+            output = self.modules[module_name(name, piece)](*args, **kwargs)
+            hidden = output[place] if isinstance(output, tuple) else output
+            errors.append(relative_error(hidden, targets[name, piece.stop - 1].hidden, valid))
+        return torch.stack(errors).mean()
 
     def _maps_term(
         self, kind: str, pairs: list[tuple[Observation, Observation]], valid: torch.Tensor | None, step: Step

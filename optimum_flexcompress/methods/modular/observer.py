@@ -1,4 +1,4 @@
-"""Reads hidden states at the end of blocks, and attention maps in their last layer."""
+"""Reads what layers are given, the hidden states after them, and their attention maps."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ class Observation:
     """What a layer did.
 
     Attributes:
+        arguments: What it was called with, positional and by name.
         hidden: The residual stream after it, `[batch, length, size]`.
         attention: Maps of the self-attention, `[batch, heads, length, length]`.
         cross_attention: Maps of the cross-attention, `[batch, heads, length, source length]`.
     """
 
+    arguments: tuple[tuple, dict[str, Any]] | None = None
     hidden: torch.Tensor | None = None
     attention: torch.Tensor | None = None
     cross_attention: torch.Tensor | None = None
@@ -51,6 +53,8 @@ class Observer:
         for key, (table, layer) in layers.items():
             note = functools.partial(self._note_hidden, self._seen[key], table.hidden_output)
             self._handles.append(layer.register_forward_hook(note))
+            note = functools.partial(self._note_arguments, self._seen[key])
+            self._handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
             attentions = {"attention": table.attention, "cross_attention": table.cross_attention} if maps else {}
             for name, attention in attentions.items():
                 if attention is not None:
@@ -64,6 +68,10 @@ class Observer:
         self._handles = []
         seen, self._seen = self._seen, {}
         return seen
+
+    @staticmethod
+    def _note_arguments(seen: Observation, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.arguments = args, kwargs
 
     @staticmethod
     def _note_hidden(seen: Observation, place: int, module: nn.Module, args: tuple, output: Any) -> None:

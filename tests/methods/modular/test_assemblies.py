@@ -218,7 +218,9 @@ def test_config_round_trip(tmp_path):
         ({"temperature": 0}, "above 0"),
         ({"evaluated_ratio": 0.5}, "at least 1"),
         (
-            dict.fromkeys(["logits_weight", "hidden_states_weight", "attention_weight", "task_loss_weight"], 0.0),
+            dict.fromkeys(
+                [f"{name}_weight" for name in ("logits", "hidden_states", "blocks", "attention", "task_loss")], 0.0
+            ),
             "no loss",
         ),
     ],

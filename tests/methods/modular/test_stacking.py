@@ -10,7 +10,6 @@ from optimum_flexcompress import (
     FlexCompressConfig,
     FlexCompressTrainer,
     FlexORTModelForSeq2SeqLM,
-    FlexORTQuantizer,
     LengthAdaptiveConfig,
     ModelStructure,
     ModularConfig,
@@ -20,9 +19,11 @@ from optimum_flexcompress import (
 from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.export import export_onnx
 from optimum_flexcompress.methods.modular import Piece
+from optimum_flexcompress.quantization import quantize_folder
 from tests.methods.modular.helpers import deep, mixed, toy, with_modules
 from tests.methods.toys import arguments, data_of
 from tests.methods.vib.helpers import config_of
+from tests.quantization.test_families import examples
 from tests.tiny import inputs_for, outputs_of
 
 
@@ -79,7 +80,7 @@ CASES = [("t5", "T5ForConditionalGeneration"), ("bart", "BartForConditionalGener
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_an_assembled_model_can_be_exported_and_quantized(tmp_path, family, name):
+def test_an_assembled_model_can_be_exported(tmp_path, family, name):
     model = deep(family, name)
     modular = with_modules(model)
     uneven = Assembly({"encoder": mixed(modular)[3].stacks["encoder"], "decoder": (Piece(3, 0), Piece(3, 1))})
@@ -91,9 +92,31 @@ def test_an_assembled_model_can_be_exported_and_quantized(tmp_path, family, name
     session = FlexORTModelForSeq2SeqLM.from_pretrained(tmp_path / "onnx")
     for beams, ids in expected.items():
         assert torch.equal(session.generate(**inputs, num_beams=beams, **options), ids)
-    FlexORTQuantizer.from_pretrained(tmp_path / "onnx").quantize(save_dir=tmp_path / "int8")
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_an_assembled_model_becomes_int8_in_one_call(tmp_path, family, name, mode):
+    """Static int8 is that of the two decoders, calibrated on what the model generates; merged graphs are dynamic."""
+    modular = with_modules(deep(family, name))
+    uneven = Assembly({"encoder": mixed(modular)[3].stacks["encoder"], "decoder": (Piece(3, 0), Piece(3, 1))})
+    small = modular.assemble(uneven).eval()
+    quantize_folder(small, tmp_path / "int8", mode, calibration_dataset=examples(small) if mode == "static" else None)
+    decoders = sorted(file.stem for file in (tmp_path / "int8").glob("decoder*.onnx"))
+    assert (
+        decoders
+        == {
+            "dynamic": ["decoder_model_merged"],
+            "static": ["decoder_model", "decoder_with_past_model"],
+        }[mode]
+    )
     session = FlexORTModelForSeq2SeqLM.from_pretrained(tmp_path / "int8")
-    assert session.generate(**inputs, **options).shape == expected[1].shape
-    logits = session(**inputs_for(model)).logits
-    reference = outputs_of(small, inputs_for(model))["logits"]
+    inputs = {key: value for key, value in inputs_for(small).items() if key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    for beams in (1, 3):
+        expected = small.generate(**inputs, num_beams=beams, **options)
+        assert session.generate(**inputs, num_beams=beams, **options).shape == expected.shape
+    # What the model says itself: ranges were taken there.
+    spoken = {**inputs, "decoder_input_ids": small.generate(**inputs, num_beams=1, **options)[:, :-1]}
+    logits, reference = session(**spoken).logits, outputs_of(small, spoken)["logits"]
     assert (logits - reference).norm() < 0.2 * reference.norm()

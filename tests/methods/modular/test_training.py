@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, Seq2SeqTrainingArguments, TrainerCallback
 
 from optimum_flexcompress import (
+    Assembly,
     DistillationConfig,
     FlexCompressError,
     FlexCompressSeq2SeqTrainer,
@@ -18,8 +19,9 @@ from optimum_flexcompress import (
 )
 from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.methods.base import PrepareContext, Step
-from optimum_flexcompress.methods.modular import MODULES_NAME, ModularMethod
+from optimum_flexcompress.methods.modular import MODULES_NAME, ModularMethod, Piece
 from optimum_flexcompress.methods.modular.method import relative_error
+from optimum_flexcompress.methods.modular.routing import Router
 from tests.methods.modular.helpers import method_of, modules_of, toy, train
 from tests.methods.toys import FAMILIES, arguments, assert_same, data_of, logs_of, twin, weights
 
@@ -69,7 +71,7 @@ def routes(monkeypatch):
 def test_every_family_trains_its_modules_and_nothing_else(tmp_path, family, routes):
     model, data = toy(family, dropout=0.1), data_of(family)
     before, hooks = weights(model), sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    config = ModularConfig(granularities=[2, 4], curriculum_fraction=0.0)
+    config = ModularConfig(granularities=[2, 4], curriculum_fraction=0.0, blocks_weight=0.0)
     trainer = train(tmp_path, model, data, config, max_steps=6, learning_rate=1e-2)
     assert_same(before, weights(model))
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -91,12 +93,30 @@ def test_every_family_trains_its_modules_and_nothing_else(tmp_path, family, rout
 @pytest.mark.parametrize("family", ["bert", "t5", "bart"])
 def test_modules_learn_to_do_what_their_blocks_do(tmp_path, family):
     model, data = toy(family), data_of(family)
-    config = ModularConfig(granularities=[2], task_loss_weight=0.0, replacing_rate=1.0)
+    config = ModularConfig(granularities=[2], task_loss_weight=0.0, blocks_weight=0.0, replacing_rate=1.0)
     trainer = train(tmp_path, model, data, config, max_steps=60, learning_rate=1e-2)
     logs = [entry for entry in logs_of(trainer) if "loss_modular_logits" in entry]
     for term in [key for key in logs[0] if key.startswith("loss_modular")]:
         first, last = (sum(entry[term] for entry in part) for part in (logs[:8], logs[-8:]))
         assert last < 0.5 * first, term
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_train_every_module_in_every_step(tmp_path, family):
+    """Also where the task says nothing, and whatever the route is."""
+    model = toy(family, dropout=0.1)
+    zero = {"logits_weight": 0.0, "hidden_states_weight": 0.0, "attention_weight": 0.0, "task_loss_weight": 0.0}
+    config = ModularConfig(granularities=[2, 4], **zero)
+    trainer = train(tmp_path, model, data_of(family), config, max_steps=40, learning_rate=1e-2)
+    fresh = weights(ModularModel(model, config).modules)
+    trained = {key.split(".")[0] for key, value in modules_of(trainer).items() if not torch.equal(value, fresh[key])}
+    assert trained == {key.split(".")[0] for key in fresh}
+    logs = logs_of(trainer)[:-1]
+    terms = [key for key in logs[0] if key.startswith("loss_modular")]
+    assert terms == [f"loss_modular_blocks_{name}" for name in describe(model).stacks]
+    for term in terms:
+        first, last = (sum(entry[term] for entry in part) for part in (logs[:5], logs[-5:]))
+        assert last < 0.7 * first, term
 
 
 def test_terms_are_what_they_say():
@@ -164,11 +184,38 @@ def test_terms_are_what_they_say():
             errors.append((((s - t) ** 2).sum(-1) / (t**2).sum(-1))[mask].sum())
         expected = (errors[0] + errors[1]) / 2
         assert terms[f"modular_hidden_states_{stack}"].value.item() == pytest.approx(expected.item(), rel=1e-4)
+    # One module at a time in the place of its block; the layers before it are the original ones.
+    view, router = describe(model), Router(describe(model))
+    whole = {name: tuple(Piece(1, index) for index in range(4)) for name in ("encoder", "decoder")}
+    router.attach()
+    seen = {}
+    for stack, mask in (("encoder", batch["attention_mask"].bool()), ("decoder", valid)):
+        errors = []
+        for block in (0, 1):
+            layers = whole[stack]
+            routed = (*layers[: 2 * block], Piece(2, block), *layers[2 * block + 2 :])
+            last = view.stacks[stack].layers[2 * block + 1].module
+            ends = {"student": modular.modules[f"{stack}_2_{block}"], "teacher": last}
+            handles = [
+                layer.register_forward_hook(lambda m, a, out, key=key: seen.__setitem__(key, out[0]))
+                for key, layer in ends.items()
+            ]
+            for route in ({stack: modular.layers(Assembly({**whole, stack: routed}))[stack]}, {}):
+                router.route = route
+                with torch.no_grad():
+                    model(**batch)
+            for handle in handles:
+                handle.remove()
+            error = (seen["student"] - seen["teacher"]).square().sum(-1) / seen["teacher"].square().sum(-1)
+            errors.append(error[mask].sum())
+        expected = (errors[0] + errors[1]) / 2
+        assert terms[f"modular_blocks_{stack}"].value.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 TERMS = {
     "logits": {"logits_weight": 1.0},
     "hidden states": {"hidden_states_weight": 1.0},
+    "blocks": {"blocks_weight": 1.0},
     "attention": {"attention_weight": 1.0},
 }
 
@@ -177,7 +224,8 @@ TERMS = {
 @pytest.mark.parametrize("family", ["bert", "bart", "t5"])
 def test_accumulation(tmp_path, family, term):
     """1 x 8 equals 4 x 2 for each term."""
-    zero = {"logits_weight": 0.0, "hidden_states_weight": 0.0, "attention_weight": 0.0, "task_loss_weight": 0.0}
+    names = ("logits_weight", "hidden_states_weight", "blocks_weight", "attention_weight", "task_loss_weight")
+    zero = dict.fromkeys(names, 0.0)
     config = ModularConfig(**{"granularities": [2, 4], "replacing_rate": 0.8, **zero, **TERMS[term]})
     gradients = []
     for batch, accumulation in ((8, 1), (2, 4)):
