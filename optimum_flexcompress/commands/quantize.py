@@ -40,8 +40,8 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         how.add_argument(
             "--backend",
             default="ort",
-            help="The runtime: ort, for ONNX Runtime; openvino, static only; or torchao, for PyTorch on CUDA (default: "
-            "%(default)s).",
+            help="The runtime: ort, for ONNX Runtime; openvino, static only; ipex, for Intel Extension for PyTorch, in an "
+            "environment of its own; or torchao, for PyTorch on CUDA (default: %(default)s).",
         )
         how.add_argument(
             "--mode",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,17 +19,18 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..architectures import describe
-from ..errors import FlexCompressError, UnsupportedArchitectureError
+from ..errors import FlexCompressError
 from ..evaluation.inputs import example_batch
 from ..export.dropping import dropping_length
 from ..output import atomic_folder, check_output_folder
-from ..tasks import CLASS_ENDINGS, get_task, infer_task
+from ..tasks import get_task, infer_task
 from ..token_dropping import LengthConfig, lengths_of, set_lengths
 from ..token_dropping.significance import ATTENTION_MAPS
 from .examples import example_row
 from .int8_trace import Int8, Observer
 from .ipex_config import IPEXQuantizationConfig
 from .ipex_lane import PACKAGE, load_ipex
+from .ipex_models import check_attentions, check_family, single_precision_copy, task_of
 from .saved import installed_versions, write_saved
 
 
@@ -138,7 +138,7 @@ class IPEXQuantizer(OptimumQuantizer):
         load_ipex()
         processors = [processor] if processor is not None else []
         if isinstance(model_or_path, PreTrainedModel):
-            task = get_task(task or _task_of(model_or_path)).name
+            task = get_task(task or task_of(model_or_path)).name
             model = model_or_path
         else:
             source = Path(model_or_path).expanduser()
@@ -153,9 +153,9 @@ class IPEXQuantizer(OptimumQuantizer):
                 processors = maybe_load_preprocessors(source)
         if task not in TASKS:
             raise FlexCompressError(f"IPEX runs no {task} models: it takes {', '.join(TASKS)}; use --backend ort.")
-        _check_family(model)
+        check_family(model)
         if model is model_or_path:
-            model = _copy(model)
+            model = single_precision_copy(model)
         if length_config is not None:
             set_lengths(model, length_config)
         return cls(model, task, processors)
@@ -291,7 +291,7 @@ class IPEXQuantizer(OptimumQuantizer):
         with torch.no_grad(), _quietly():
             with answers:
                 module(*inputs.values())
-            _check_attentions(self.model, answers.attentions)
+            check_attentions(self.model, answers.attentions)
             module.packed = answers.packed
             with answers:
                 graph = torch.jit.trace(module, tuple(inputs.values()), strict=False, check_trace=False)
@@ -373,44 +373,6 @@ def quantize_ipex(
         progress=progress,
     )
     return quantizer.report
-
-
-def _task_of(model: PreTrainedModel) -> str:
-    name = type(model).__name__
-    found = next((task for ending, task in CLASS_ENDINGS.items() if name.endswith(ending)), None)
-    if found is None:
-        raise FlexCompressError(f"The class {name} does not tell the task: give one, such as text-classification.")
-    return found
-
-
-def _copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model in single precision, with the attention that it has by default and that can be made int8."""
-    with tempfile.TemporaryDirectory(prefix="flexcompress-ipex-") as folder:
-        model.save_pretrained(folder)
-        return type(model).from_pretrained(folder, dtype=torch.float32)
-
-
-def _check_family(model: PreTrainedModel) -> None:
-    view = describe(model)
-    stacks = list(view.stacks.values())
-    alone = len(stacks) == 1 and not stacks[0].is_causal and not getattr(model.config, "is_decoder", False)
-    if not alone or stacks[0].table.attention.position_bias is not None:
-        raise UnsupportedArchitectureError(
-            f"IPEX takes encoders of the families BERT, RoBERTa, DistilBERT and ViT, and {type(model).__name__} is none: "
-            "use --backend ort."
-        )
-
-
-def _check_attentions(model: PreTrainedModel, seen: int) -> None:
-    """All attention must have gone through `scaled_dot_product_attention`."""
-    (stack,) = describe(model).stacks.values()
-    expected = sum(layer.attention is not None for layer in stack.layers)
-    if seen != expected:
-        raise UnsupportedArchitectureError(
-            f"{expected - seen} of the attentions of {type(model).__name__} compute more than scaled dot products, "
-            "such as relative positions, which IPEX cannot make int8: use a model with absolute positions, or --backend "
-            "ort."
-        )
 
 
 def _dropping_layers(lengths: LengthConfig) -> int:
