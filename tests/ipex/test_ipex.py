@@ -178,7 +178,8 @@ def test_the_model_stays_as_it_is(quantized):
     inputs, before = inputs_for(model), outputs_of(model, inputs_for(model))["logits"]
     quantizer = IPEXQuantizer.from_pretrained(model, length_config=LENGTHS)
     assert quantizer.model is not model and not hasattr(model.config, "length_config")
-    assert torch.equal(outputs_of(model, inputs)["logits"], before)
+    # Not to the last bit: importing IPEX replaces the layer norm of PyTorch.
+    torch.testing.assert_close(outputs_of(model, inputs)["logits"], before, atol=1e-5, rtol=1e-4)
 
 
 def test_a_pipeline(quantized, caplog):
