@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import requests
-import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from transformers import PreTrainedModel
@@ -231,8 +230,7 @@ def _without_weights(folder: Path, task: str | None) -> PreTrainedModel:
     """A model of the sizes that the configuration in a folder describes, on the meta device."""
     from .evaluation.cost import skeleton
 
-    with torch.device("meta"):
-        return skeleton(folder, get_task(task or infer_task(folder)))
+    return skeleton(folder, get_task(task or infer_task(folder)), device="meta")
 
 
 def _task_of(model: PreTrainedModel) -> str | None:

@@ -93,7 +93,7 @@ def file_size(path: str | os.PathLike) -> int:
     return sum(file.stat().st_size for file in weight_files(path))
 
 
-def skeleton(folder: str | os.PathLike, task: Task) -> nn.Module:
+def skeleton(folder: str | os.PathLike, task: Task, device: str = "cpu") -> nn.Module:
     """A PyTorch model of the sizes and lengths that a folder describes, with random weights.
 
     An ONNX folder tells its sizes in `config.json`, as does a PyTorch one; the numbers of parameters and MACs of the
@@ -102,6 +102,7 @@ def skeleton(folder: str | os.PathLike, task: Task) -> nn.Module:
     Args:
         folder: A folder with a `config.json`.
         task: What the model is for.
+        device: Where to make it; on `meta` it takes no memory.
 
     Returns:
         The model, in evaluation mode.
@@ -120,7 +121,9 @@ def skeleton(folder: str | os.PathLike, task: Task) -> nn.Module:
     description = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     structure = (description.get("quantization_config") or {}).get("structure")
     try:
-        model = task.auto_class.from_config(config).eval()
+        # Surgery, below, counts with tensors of its own, which are no part of the model.
+        with torch.device(device):
+            model = task.auto_class.from_config(config).eval()
     except (TypeError, ValueError) as error:
         raise FlexCompressError(f"{folder}/config.json describes no {task.auto_class_name}: {error}") from error
     if structure:

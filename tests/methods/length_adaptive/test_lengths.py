@@ -167,6 +167,6 @@ def test_the_card_says_what_is_needed(tmp_path):
     model = set_lengths(build("bert", "BertForSequenceClassification"), [0.9, 0.5, 0.25])
     card = write_model_card(tmp_path, model).read_text()
     assert "import optimum_flexcompress" in card
-    assert "It loads in Transformers without any plugin, at full lengths." in card
+    assert "without any plugin, it loads in Transformers at full lengths." in card
     assert "these fractions of tokens: [0.9, 0.5, 0.25]" in card
     assert "Lengths" not in write_model_card(tmp_path, build("bert", "BertModel")).read_text()
