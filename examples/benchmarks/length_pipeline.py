@@ -22,7 +22,7 @@ from optimum_flexcompress.evaluation import count_macs
 from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
 from optimum_flexcompress.evaluation.inputs import example_batch
 from optimum_flexcompress.search import Front, search_lengths
-from optimum_flexcompress.tasks.base import Task
+from optimum_flexcompress.tasks.base import Prepared, Task
 from optimum_flexcompress.token_dropping import LengthConfig
 
 
@@ -40,7 +40,8 @@ class LengthExperiment:
         data: Splits `train`, `validation` (searched on, in no training) and `test` (scored in the end).
         max_length: Of inputs, in tokens.
         adapt: How to train length-adaptively.
-        picks: Name -> limits of [`Front.pick`].
+        picks: Name -> limits of [`Front.pick`], or `within`, the share of the fine-tuned model's metric that may be lost.
+            Length-adaptive training goes on training, so that the model with all its tokens can be the better one.
         shapes: Batch sizes and lengths to time.
         reference: Makes a further model to time.
         reference_name: Its name.
@@ -88,6 +89,15 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
         "bf16": options.bf16,
         "learning_rate": options.learning_rate,
     }
+
+    def prepare(split: str) -> Prepared:
+        return task.prepare(
+            DatasetDict({split: data[split]}),
+            task.load_processor(finetuned),
+            max_length=experiment.max_length,
+            model=task.load_model(finetuned),
+        )
+
     if "finetune" in options.stages:
         train(finetuned, source, task, unseen, num_train_epochs=options.finetune_epochs, **training)
     if "adapt" in options.stages:
@@ -108,17 +118,13 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
             threads=options.threads,
             say=print,
         )
-    entries = [Entry(DENSE, finetuned, None), Entry(ADAPTED, adapted, None), *picked(searched, adapted, experiment)]
+        score(held_out_record(work), finetuned, task, prepare("validation"), "validation", options.threads)
+    entries = [Entry(DENSE, finetuned, None), Entry(ADAPTED, adapted, None), *picked(work, experiment)]
     if "int8" in options.stages:
         for entry in entries:
             make_int8(entry.int8(work), entry.model, entry.lengths)
     if "score" in options.stages:
-        prepared = task.prepare(
-            DatasetDict(test=data["test"]),
-            task.load_processor(finetuned),
-            max_length=experiment.max_length,
-            model=task.load_model(finetuned),
-        )
+        prepared = prepare("test")
         for path, record in [(entry.int8(work), entry.record(work)) for entry in entries]:
             score(record, path, task, prepared, "test", options.threads)
         for path in (finetuned, adapted):
@@ -158,14 +164,22 @@ class Entry:
         return work / "scores" / f"{self.key}-int8.json"
 
 
-def picked(searched: Path, adapted: Path, experiment: LengthExperiment) -> list[Entry]:
+def held_out_record(work: Path) -> Path:
+    """The fine-tuned model's metrics on what is searched on."""
+    return work / "scores" / "finetune-validation.json"
+
+
+def picked(work: Path, experiment: LengthExperiment) -> list[Entry]:
     """What the limits of the experiment choose from the front; nothing before the search is done."""
-    if not (searched / "front.json").is_file():
+    if not held_out_record(work).is_file():
         return []
-    front, entries = Front.load(searched), []
+    front, entries = Front.load(work / "search"), []
+    dense = read_json(held_out_record(work))["metrics"][front.metric]
     for name, limits in experiment.picks.items():
+        if "within" in limits:
+            limits = {"max_drop": 1 - (1 - limits["within"]) * dense / front.full.metric}
         try:
-            entries.append(Entry(name, adapted, front.pick(**limits).lengths))
+            entries.append(Entry(name, work / "adapt", front.pick(**limits).lengths))
         except FlexCompressError as error:
             print(f"{name}: {error}")
     return entries
