@@ -22,9 +22,11 @@ class Cells:
         work: Folder of the cells, and of the models that they leave.
         options: What the cells depend on beside their names; a work folder serves one set of them.
         threads: Threads, for the environment that goes with the figures.
+        results: What [`Cells.write`] wrote, perhaps on another machine. Where it is of the same options, cells that
+            the work folder lacks are taken from it, without the models that they left.
     """
 
-    def __init__(self, work: Path, options: dict[str, Any], threads: int):
+    def __init__(self, work: Path, options: dict[str, Any], threads: int, results: Path | None = None):
         self.work = work
         work.mkdir(parents=True, exist_ok=True)
         record = work / "options.json"
@@ -33,6 +35,17 @@ class Cells:
         write_text_atomically(record, json.dumps(options, indent=1) + "\n")
         self._options = options
         self._threads = threads
+        if results is not None and results.is_file():
+            self._adopt(json.loads(results.read_text(encoding="utf-8")), results)
+
+    def _adopt(self, report: dict[str, Any], results: Path) -> None:
+        if report["options"] != json.loads(json.dumps(self._options)):
+            return
+        missing = {name: cell for name, cell in report["cells"].items() if self.get(name) is None}
+        for name, cell in missing.items():
+            self._keep(name, {"environment": report["environment"], **cell})
+        if missing:
+            print(f"{len(missing)} cells from {results}")
 
     def folder(self, name: str) -> Path:
         """Where a cell may leave models."""
@@ -43,33 +56,44 @@ class Cells:
         path = self._path(name)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def run(self, name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def has_model(self, name: str) -> bool:
+        """Whether a cell was run and the models are there that its `folder` or `folders` name."""
+        found = self.get(name) or {}
+        folders = [found[key] for key in ("folder",) if key in found] + list(found.get("folders", {}).values())
+        return bool(folders) and all(Path(folder).is_dir() for folder in folders)
+
+    def run(self, name: str, function: Callable[[], dict[str, Any]], model: bool = False) -> dict[str, Any]:
         """The figures of a cell, which is run where it has not been.
 
         Args:
             name: The cell, with slashes between what tells it from others.
             function: Runs it.
+            model: Whether its models are needed as well: where only the figures are there, it is run again.
         """
         found = self.get(name)
-        if found is not None:
+        if found is not None and (not model or self.has_model(name)):
             return found
         print(f"-- {name}", flush=True)
         started = time.perf_counter()
         found = function()
         found["cell_seconds"] = time.perf_counter() - started
-        path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, json.dumps(found, indent=1) + "\n")
+        self._keep(name, found)
         shown = {key: round(value, 4) for key, value in found.items() if isinstance(value, float)}
         print(f"-- {name}: {shown}", flush=True)
         return found
 
+    def _keep(self, name: str, cell: dict[str, Any]) -> None:
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, json.dumps(cell, indent=1) + "\n")
+
     def write(self, path: Path) -> None:
-        """Writes all cells that were run into one file of results."""
+        """Writes all cells into one file of results, without the folders of this machine."""
         found = {}
         for file in sorted((self.work / "cells").rglob("*.json")):
             name = file.relative_to(self.work / "cells").as_posix().removesuffix(".json")
-            found[name] = json.loads(file.read_text(encoding="utf-8"))
+            cell = json.loads(file.read_text(encoding="utf-8"))
+            found[name] = {key: value for key, value in cell.items() if key not in ("folder", "folders")}
         report = {"environment": environment_info(self._threads), "options": self._options, "cells": found}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps(report, indent=1) + "\n")

@@ -174,43 +174,41 @@ class Plan:
             seconds = self._train(model, folder, self.setting.teacher_steps, self.setting.teacher_rate)
             return self._finish(model, None, seconds=seconds, folder=str(folder))
 
-        return self.cells.run("full", run)
+        return self.cells.run("full", run, model=True)
 
     def modular(self) -> dict[str, Any]:
-        full = self.full()
         folder = self.cells.folder("modular")
 
         def run() -> dict[str, Any]:
-            model = self._load(full)
+            model = self._load(self.full())
             seconds = self._train(model, folder, self.setting.steps, self.setting.rate, [ModularConfig()])
             return {"seconds": seconds, "folder": str(folder)}
 
-        return self.cells.run("modular", run)
+        return self.cells.run("modular", run, model=True)
 
-    def assembled(self, strategy: str, ratio: float) -> dict[str, Any]:
-        modular = self.modular()
+    def assembled(self, strategy: str, ratio: float, model: bool = False) -> dict[str, Any]:
+        """The cell of an assembly; with `model`, the model is there, too."""
         name = f"assembled/{strategy}/{ratio:g}"
 
         def run() -> dict[str, Any]:
-            model = ModularModel.from_pretrained(modular["folder"])
+            model = ModularModel.from_pretrained(self.modular()["folder"])
             assembly = model.choose(strategy, ratio)
             folder = self.cells.folder(name)
             facts = {"folder": str(folder), "assembly": assembly.to_dict(), "ratio": assembly.ratio}
             return self._finish(model.assemble(assembly), folder, **facts)
 
-        return self.cells.run(name, run)
+        return self.cells.run(name, run, model)
 
     def baseline(self, method: str, ratio: float, budget: str) -> dict[str, Any] | None:
         """The cell of a baseline; `None` where the method cannot have the ratio."""
         if not possible(method, ratio):
             return None
-        full = self.full()
         # The sizes are those of the size-first assemblies.
         steps = self.setting.steps if budget == "each" else self.setting.steps // len(BASELINE_RATIOS)
         name = f"{method}/{ratio:g}/{budget}"
 
         def run() -> dict[str, Any]:
-            teacher, folder = self._load(full), self.cells.folder(name)
+            teacher, folder = self._load(self.full()), self.cells.folder(name)
             if method == "theseus":
                 return self._theseus(teacher, round(ratio), steps, folder)
             probe = ModularModel(teacher, ModularConfig()).choose("size-first", ratio)
@@ -236,7 +234,7 @@ class Plan:
         found = {"full": Path(self.full()["folder"])}
         for ratio in RATIOS:
             for strategy in STRATEGIES:
-                found[f"{strategy} {ratio:g}"] = Path(self.assembled(strategy, ratio)["folder"])
+                found[f"{strategy} {ratio:g}"] = Path(self.assembled(strategy, ratio, model=True)["folder"])
         return found
 
 
@@ -285,7 +283,7 @@ def main(name: str, options: argparse.Namespace, task: Task, facts: dict[str, An
     facts = {**facts, "rows": options.rows, "test_rows": options.test_rows}
     names = ("teacher_steps", "steps", "batch_size", "teacher_rate", "rate", "bf16")
     setting = Setting(**{key: getattr(options, key) for key in names}, facts=facts)
-    cells = Cells(options.work, asdict(setting), options.threads)
+    cells = Cells(options.work, asdict(setting), options.threads, options.output)
     plan = Plan(cells, task, setting)
     print(describe_environment(environment_info(options.threads)))
 

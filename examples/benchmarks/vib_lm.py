@@ -161,9 +161,9 @@ class Bench:
                 steps = TRAIN_STEPS if self.options.steps is None else self.steps
                 trainer = self.train(small_gpt2(), folder, steps, TRAIN_RATE, 0, schedule="cosine")
                 trainer.save_model(str(folder))
-            return {"seconds": time.perf_counter() - started, **self.measure(folder)}
+            return {"seconds": time.perf_counter() - started, "folder": str(folder), **self.measure(folder)}
 
-        return {**self.cells.run(f"{self.name}/dense", run), "folder": str(folder)}
+        return self.cells.run(f"{self.name}/dense", run, model=True)
 
     def masks(self, seed: int) -> dict[str, Any]:
         teacher = self.dense()["folder"]
@@ -197,14 +197,17 @@ class Bench:
                 "seconds": time.perf_counter() - started,
                 "steps": {f"{halt.sparsity:g}": halt.stop for halt in halts},
                 "log": trainer.state.log_history,
+                "folder": str(folder),
             }
 
-        return {**self.cells.run(name, run), "folder": str(folder)}
+        return self.cells.run(name, run, model=True)
 
     def compressed(self, method: str, level: float, seed: int) -> dict[str, Any]:
-        teacher = self.dense()["folder"]
         name = f"{self.name}/{method}/{level:g}/seed{seed}"
-        masks = self.masks(seed) if method == "vib" and self.cells.get(name) is None else {}
+        if self.cells.get(name) is None:
+            # Their minutes are cells of their own.
+            teacher = self.dense()["folder"]
+            masks = self.masks(seed) if method == "vib" else {}
 
         def run() -> dict[str, Any]:
             started = time.perf_counter()
@@ -304,7 +307,12 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    cells = Cells(options.work, {key: getattr(options, key) for key in ("steps", "rows", "bf16")}, options.threads)
+    cells = Cells(
+        options.work,
+        {key: getattr(options, key) for key in ("steps", "rows", "bf16")},
+        options.threads,
+        options.output,
+    )
     print(describe_environment(environment_info(options.threads)))
     needed = {"gpt2": ("wikitext", "gpt2_tokenizer"), "llama": ("llama",)}
     for name in options.models * (not options.show):

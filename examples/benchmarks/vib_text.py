@@ -22,7 +22,7 @@ chosen among the same three: on Banking77, at 70 %, by accuracy on questions hel
 Minutes on two quiet cores with AVX512-BF16, 1,000 steps: teacher 3, masks 2 (once per seed, and per learning rate for
 the first), fine-tuning after them 1 to 1.5 for each size, Torch-Pruning 2 to 2.5, fewer layers 1.5; faster and align
 0.5 a model; latency 3; step 2. In all about 110.
-Every cell leaves a file in the work folder; what was run is not run again.
+Every cell leaves a file in the work folder, and its figures in `--output`; what was run is not run again.
 """
 
 from __future__ import annotations
@@ -78,22 +78,26 @@ class Plan:
 
     def teacher(self, data: str) -> dict[str, Any]:
         name = f"{data}/teacher"
-        return self.cells.run(name, lambda: self.bench(data).teacher(self.cells.folder(name)))
+        return self.cells.run(name, lambda: self.bench(data).teacher(self.cells.folder(name)), model=True)
 
     def masks(self, data: str, rate: float, seed: int) -> dict[str, Any]:
         teacher = Path(self.teacher(data)["folder"])
         name = f"{data}/masks/rate{rate:g}/seed{seed}"
-        return self.cells.run(name, lambda: self.bench(data).mask_run(teacher, self.cells.folder(name), rate, seed))
+        return self.cells.run(
+            name, lambda: self.bench(data).mask_run(teacher, self.cells.folder(name), rate, seed), model=True
+        )
 
     def name(self, data: str, method: str, level: float, rate: float, seed: int) -> str:
         return f"{data}/{method}/{level:g}/rate{rate:g}/seed{seed}"
 
-    def compressed(self, data: str, method: str, level: float, seed: int, rate: float | None = None) -> dict[str, Any]:
-        """The cell of a model, at the learning rate that suits its method."""
+    def compressed(
+        self, data: str, method: str, level: float, seed: int, rate: float | None = None, model: bool = False
+    ) -> dict[str, Any]:
+        """The cell of a model, at the learning rate that suits its method; with `model`, the model is there, too."""
         rate = self.rate(method) if rate is None else rate
         name = self.name(data, method, level, rate, seed)
 
-        if self.cells.get(name) is None:
+        if not (self.cells.has_model(name) if model else self.cells.get(name)):
             # Their minutes are cells of their own.
             teacher = Path(self.teacher(data)["folder"])
             masks = self.masks(data, rate, seed) if method == "vib" else {}
@@ -108,7 +112,7 @@ class Plan:
             steps = round(self.setting.mask_steps * level / LEVELS[-1])
             return bench.torch_pruning(method, teacher, folder, level, rate, seed, steps)
 
-        return {**self.cells.run(name, run), "rate": rate}
+        return {**self.cells.run(name, run, model), "rate": rate}
 
     def rate(self, method: str) -> float:
         """The best of the learning rates, by the held-out part of Banking77."""
@@ -136,25 +140,33 @@ class Plan:
 
     # Other parts
 
-    def faster(self, align: int = 8) -> dict[str, Any]:
+    def faster(self, align: int = 8, model: bool = False) -> dict[str, Any]:
         teacher = Path(self.teacher("banking77")["folder"])
         name = f"banking77/faster/align{align}"
         steps = min(FASTER_STEPS, self.setting.mask_steps)
         return self.cells.run(
             name,
             lambda: self.bench("banking77").faster(teacher, self.cells.folder(name), CHOSEN_AT, steps, align, 0),
+            model,
         )
 
     def align(self, threads: int) -> dict[str, Any]:
-        models = {f"align {align}": Path(self.faster(align)["folder"]) for align in ALIGNMENTS}
-        models = {"dense": Path(self.teacher("banking77")["folder"]), **models}
-        return self.cells.run("banking77/align", lambda: align_latency(models, threads))
+        def run() -> dict[str, Any]:
+            models = {"dense": Path(self.teacher("banking77")["folder"])}
+            models |= {f"align {align}": Path(self.faster(align, model=True)["folder"]) for align in ALIGNMENTS}
+            return align_latency(models, threads)
+
+        return self.cells.run("banking77/align", run)
 
     def latency(self, threads: int) -> dict[str, Any]:
-        models = {"dense": Path(self.teacher("banking77")["folder"])}
-        for method, level in wanted(METHODS, LEVELS):
-            models[f"{method} {level:g}"] = Path(self.compressed("banking77", method, level, 0)["folder"])
-        return self.cells.run("banking77/latency", lambda: int8_latency(models, threads))
+        def run() -> dict[str, Any]:
+            models = {"dense": Path(self.teacher("banking77")["folder"])}
+            for method, level in wanted(METHODS, LEVELS):
+                cell = self.compressed("banking77", method, level, 0, model=True)
+                models[f"{method} {level:g}"] = Path(cell["folder"])
+            return int8_latency(models, threads)
+
+        return self.cells.run("banking77/latency", run)
 
 
 def wanted(methods, levels) -> list[tuple[str, float]]:
@@ -270,7 +282,7 @@ def main() -> None:
         options.steps, round(0.6 * options.steps), options.bf16, options.rows, options.model or demo_model(), sources
     )
     shared = {key: value for key, value in asdict(setting).items() if key not in ("source", "sources")}
-    plan = Plan(Cells(options.work, shared, options.threads), setting, options.rates)
+    plan = Plan(Cells(options.work, shared, options.threads, options.output), setting, options.rates)
     print(describe_environment(environment_info(options.threads)))
     if not options.show:
         if "sst2" in options.data and "compare" in options.parts and options.sst2 is None:
