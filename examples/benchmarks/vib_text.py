@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,8 @@ def main() -> None:
     if not options.show:
         if "sst2" in options.data and "compare" in options.parts and options.sst2 is None:
             parser.error("give the folder of SST-2 with --sst2, or --data banking77")
+        if {"magnitude", "taylor"} & set(options.method) and find_spec("torch_pruning") is None:
+            parser.error("Torch-Pruning is missing: install the extra benchmarks, or --method vib layers")
         # Seed by seed, so that a run that is cut short has compared all methods.
         for data in options.data * ("compare" in options.parts):
             for seed in options.seed or SEEDS[data]:
