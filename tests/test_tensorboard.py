@@ -80,9 +80,7 @@ def test_routes(tmp_path):
     """From fine to coarse, at a rate that rises to 1; in the end the fewest layers."""
     config = ModularConfig(granularities=[2, 4], uniform_fraction=0.0, attention_weight=0.0, blocks_weight=0.0)
     _, shown = curves(tmp_path, model_of("bert", layers=4), data_of("bert"), config, steps=40, logging_steps=4)
-    rates, sizes, layers = (
-        list(shown[f"modular_{name}"].values()) for name in ("rate", "granularity", "layers")
-    )
+    rates, sizes, layers = (list(shown[f"modular_{name}"].values()) for name in ("rate", "granularity", "layers"))
     assert rates == sorted(rates) and rates[0] < 0.5 and rates[-1] == 1.0
     assert sizes[0] == 2.0 and 2.0 < sizes[-1] < 4.0
     # At rate 1 a route of four layers is one coarse module or two fine ones.
