@@ -344,8 +344,8 @@ def _some_of(dataset: Any, share: float, seed: int) -> Any:
     """
     if not hasattr(dataset, "__len__"):
         raise FlexCompressError(
-            f"{type(dataset).__name__} has no length, so no share of it can be taken: pass a data set that is no "
-            "stream, or take the share yourself and set data_fraction=1."
+            f"{type(dataset).__name__} has no length, so no share of it can be taken: pass a data set that is not "
+            "streamed, or take the share yourself, as dataset.take(1000) does, and set data_fraction=1."
         )
     count = max(round(share * len(dataset)), 1)
     indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].sort().values

@@ -16,6 +16,7 @@ from ...token_dropping import LengthConfig, check_lengths, dropping_stack, lengt
 from ...token_dropping.model import install, write_lengths
 from ..base import FULL_PASS, CompressionMethod, LossTerm, PrepareContext, Step
 from ..distillation.logits import Head, count_items, head_of, logits_loss, problem_type_of
+from ..means import Means
 from ..teacher import unwrap_peft
 from .draws import SubModel, draw_sub_model, skipped, smallest_sub_model
 
@@ -35,6 +36,9 @@ class LengthAdaptiveMethod(CompressionMethod):
     Sub-models learn from nothing but the outputs of the full model, in terms `smallest` and `random`. Each pass has
     its own backward, so that the activations of one pass at a time are in memory. Lengths and skipped layers are
     drawn from the seed and the optimizer step: they agree between processes and between the batches of a step.
+
+    Logs, as means over the random sub-models since the last log: `length_kept`, the share of the input's tokens that
+    their layers hand on; `length_kept_last`, that of the last of these layers; and `length_layers`, how many run.
     """
 
     config: LengthAdaptiveConfig
@@ -72,6 +76,7 @@ class LengthAdaptiveMethod(CompressionMethod):
 
     def prepare(self, context: PrepareContext) -> None:
         model = unwrap_peft(context.model)
+        self._means, self._kept = Means(), []
         if self._fixed is not None:
             set_lengths(model, self._fixed)
             return
@@ -81,6 +86,9 @@ class LengthAdaptiveMethod(CompressionMethod):
         # What is saved from now on takes length_config= when it is loaded.
         write_lengths(model, None)
         self._head = self._find_head(model)
+
+    def start(self, max_steps: int) -> None:
+        self._means.take()
 
     # Passes
 
@@ -110,17 +118,29 @@ class LengthAdaptiveMethod(CompressionMethod):
         sub_model = self.sub_model(step)
         if self.config.unit == "fractions":
             lengths = sub_model.fractions(count)
+            self._kept = [lengths.values[layer] for layer in sub_model.layers]
         else:
             longest = self.config.max_length
 
             def lengths(total: int) -> list[int]:
-                return sub_model.counts(total if longest is None else longest)
+                counts = sub_model.counts(total if longest is None else longest)
+                self._kept = [min(left / total, 1.0) for left in counts]
+                return counts
 
         install(model, lengths, skipped(sub_model, count))
 
     def after_pass(self, step: Step) -> None:
-        if self._is_sub_pass(step):
-            install(unwrap_peft(step.model), None)
+        if not self._is_sub_pass(step):
+            return
+        install(unwrap_peft(step.model), None)
+        if step.pass_name != SMALLEST_PASS and self._kept:
+            kept = self._kept
+            figures = {"kept": sum(kept) / len(kept), "kept_last": kept[-1], "layers": float(len(kept))}
+            self._means.add({f"length_{name}": value for name, value in figures.items()})
+        self._kept = []
+
+    def log_values(self) -> dict[str, float]:
+        return self._means.take()
 
     # Losses
 

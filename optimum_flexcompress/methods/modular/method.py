@@ -18,6 +18,7 @@ from ...modular_config import ModularConfig
 from ..base import FULL_PASS, CompressionMethod, LossTerm, Needs, ParameterGroup, PrepareContext, Step
 from ..distillation.hidden_states import attention_loss, valid_positions
 from ..distillation.logits import batch_size, count_items, head_of, logits_loss, problem_type_of
+from ..means import Means
 from ..teacher import Teacher, unwrap_peft
 from .assembly import Assembly, Piece
 from .curriculum import draw_route
@@ -38,6 +39,8 @@ class ModularMethod(CompressionMethod):
     A step runs the original layers first, without gradients, and then a route through layers and modules, which is
     drawn from the seed and the optimizer step: it is the same on all processes and for all batches of a step. Last,
     each module runs by itself on what the first layer of its block was given.
+    Logs, as means over the routes since the last log: `modular_layers`, the layers and modules that run;
+    `modular_granularity`, how many layers a module of the route stands for; `modular_rate`, the replacing rate.
     Evaluations run `evaluated_ratio`; what is saved, and what the trainer's model is, is the full model.
     """
 
@@ -98,7 +101,7 @@ class ModularMethod(CompressionMethod):
         self._observer = Observer()
         self._frozen: list[nn.Parameter] = []
         self._route: Assembly | None = None
-        self._rates: dict[str, float] = {}
+        self._means = Means()
         modular = self._modular
         evaluated = (
             modular.smallest()
@@ -120,6 +123,9 @@ class ModularMethod(CompressionMethod):
             ParameterGroup("weights", [p for p in parameters if p.dim() > 1], decays=True),
             ParameterGroup("scales_and_biases", [p for p in parameters if p.dim() <= 1]),
         ]
+
+    def start(self, max_steps: int) -> None:
+        self._means.take()
 
     def attach(self, model: PreTrainedModel) -> None:
         self._router.attach()
@@ -143,7 +149,10 @@ class ModularMethod(CompressionMethod):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{step.seed}/{step.global_step}/modular".encode()))
         progress = step.global_step / step.max_steps
         modular = self._modular
-        route, self._rates = draw_route(self.config, modular.depths, modular.granularities, progress, generator)
+        route, rates = draw_route(self.config, modular.depths, modular.granularities, progress, generator)
+        sizes = [piece.granularity for pieces in route.stacks.values() for piece in pieces if piece.is_module]
+        figures = {"layers": route.layers, "granularity": sum(sizes) / len(sizes), "rate": max(rates.values())}
+        self._means.add({f"modular_{name}": float(value) for name, value in figures.items()})
         return route
 
     def before_forward(self, step: Step) -> None:
@@ -278,9 +287,7 @@ class ModularMethod(CompressionMethod):
         return LossTerm(_mean(values, step), self.config.attention_weight)
 
     def log_values(self) -> dict[str, float]:
-        if self._route is None:
-            return {}
-        return {"modular_layers": float(self._route.layers), "modular_rate": max(self._rates.values())}
+        return self._means.take()
 
     # Saved models
 

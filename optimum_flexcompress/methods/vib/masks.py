@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...masking import LayerMasks, Masks
-from .layout import MaskLayout
+from .layout import FFN, MaskLayout
 
 
 INITIAL_LOG_VARIANCE = -9.0
@@ -79,6 +79,23 @@ class VIBMasks(nn.Module):
         units = zeros.index_add(0, self._owners, kept_units.double())
         on = zeros.scatter_reduce(0, self._owners, kept_units.double(), "amax", include_self=False)
         return Counts(keep[: layout.hidden].double().sum(), units, on, kept_units)
+
+    def kept_shares(self, counts: Counts) -> dict[str, torch.Tensor]:
+        """The shares that are left, between 0 and 1: of `heads` (groups that share a key), of `ffn` dims, of
+        `sublayers`, and of the dims of the residual stream where these have masks, as `hidden`.
+
+        Args:
+            counts: What [`counts`] gave.
+        """
+        layout, shares = self.layout, {}
+        for name, is_ffn in (("heads", False), ("ffn", True)):
+            chosen = [index for index, part in enumerate(layout.sublayers) if (part.kind == FFN) == is_ffn]
+            if chosen:
+                shares[name] = counts.units[chosen].sum() / sum(layout.sublayers[index].units for index in chosen)
+        shares["sublayers"] = counts.on.mean()
+        if "hidden" in layout.kinds:
+            shares["hidden"] = counts.hidden / layout.hidden
+        return shares
 
     @torch.no_grad()
     def evaluation_values(self) -> torch.Tensor:

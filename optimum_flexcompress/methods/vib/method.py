@@ -240,13 +240,18 @@ class VIBPruningMethod(CompressionMethod):
         self._check_finite(masks)
         with torch.no_grad():
             counts = masks.counts((masks.scores() > 0).to(masks.mu.dtype))
-            figures = [
-                1.0 - self.modules[name](counts) / cost.dense
-                for name, cost in (("cost", self._target.cost), ("with_embeddings", self._target.with_embeddings))
-            ]
-            values = torch.stack([*(f.float() for f in figures), self.modules["constraint"].multiplier]).tolist()
-        names = ("sparsity", "sparsity_with_embeddings", "multiplier")
-        logs = {f"vib_{name}": value for name, value in zip(names, values, strict=True)}
+            figures = {
+                name: 1.0 - self.modules[module](counts) / cost.dense
+                for name, module, cost in (
+                    ("sparsity", "cost", self._target.cost),
+                    ("sparsity_with_embeddings", "with_embeddings", self._target.with_embeddings),
+                )
+            }
+            figures |= {f"kept_{kind}": share for kind, share in masks.kept_shares(counts).items()}
+            figures["multiplier"] = self.modules["constraint"].multiplier
+            # In one transfer: each would wait for the device.
+            values = torch.stack([value.float() for value in figures.values()]).tolist()
+        logs = {f"vib_{name}": value for name, value in zip(figures, values, strict=True)}
         logs["vib_target"] = self._schedule.sparsity(self._step)
         return logs
 

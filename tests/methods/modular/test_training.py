@@ -83,7 +83,7 @@ def test_every_family_trains_its_modules_and_nothing_else(tmp_path, family, rout
     logs = [entry for entry in logs_of(trainer) if "loss_task" in entry]
     terms = {key for key in logs[0] if key.startswith(("loss_modular", "modular"))}
     stacks = list(describe(model).stacks)
-    expected = {"loss_modular_logits", "modular_layers", "modular_rate"}
+    expected = {"loss_modular_logits", "modular_layers", "modular_granularity", "modular_rate"}
     expected |= {f"loss_modular_{kind}_{name}" for kind in ("hidden_states", "attention") for name in stacks}
     assert terms == expected | ({"loss_modular_cross_attention"} if len(stacks) == 2 else set())
     for term in terms - {"modular_rate"}:
