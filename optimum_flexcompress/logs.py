@@ -1,8 +1,8 @@
 """The package's messages follow the verbosity of Transformers and of Optimum.
 
-Modules log through `logging.getLogger(__name__)`, as everywhere. Importing this module gives the logger above them a
-level that is the quieter of the two libraries' as long as it has none of its own, and has messages shown on stderr
-where the application has not said what is to become of them.
+Modules log through `logging.getLogger(__name__)`, as everywhere. Importing this module puts a logger above theirs whose
+level is the quieter of the two libraries', so that it counts as long as none of ours has a level of its own, and has
+messages shown on stderr where the application has not said what is to become of them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from optimum.utils import logging as optimum_logging
 from transformers.utils import logging as transformers_logging
 
 
-class _LibraryLogger(logging.Logger):
-    """A logger whose level, while nobody sets one, is that of the quieter library."""
+class _QuieterLibrary(logging.Logger):
+    """A logger whose level is that of the quieter library."""
 
     @property
     def level(self) -> int:
-        own = self.__dict__.get("level", logging.NOTSET)
-        return own or max(transformers_logging.get_verbosity(), optimum_logging.get_verbosity())
+        return max(transformers_logging.get_verbosity(), optimum_logging.get_verbosity())
 
     @level.setter
     def level(self, value: int) -> None:
-        self.__dict__["level"] = value
+        pass
 
 
 class _Stderr(logging.StreamHandler):
@@ -44,8 +43,11 @@ class _Stderr(logging.StreamHandler):
             super().emit(record)
 
 
-_logger = logging.getLogger(__name__.partition(".")[0])
-if not isinstance(_logger, _LibraryLogger):
-    # The object itself, because others may hold it already.
-    _logger.__class__ = _LibraryLogger
-    _logger.addHandler(_Stderr())
+def _follow(logger: logging.Logger) -> None:
+    above = _QuieterLibrary(f"{logger.name} (verbosity)")
+    above.parent = logger.parent
+    above.addHandler(_Stderr())
+    logger.parent = above
+
+
+_follow(logging.getLogger(__name__.partition(".")[0]))

@@ -45,6 +45,14 @@ def test_both_have_to_ask_for_more(caplog):
     assert caplog.messages == ["now"]
 
 
+def test_a_level_that_was_set_for_a_while_leaves_nothing_behind(caplog):
+    with caplog.at_level(logging.INFO, logger="optimum_flexcompress"):
+        OURS.info("seen")
+    transformers_logging.set_verbosity_error()
+    OURS.warning("too quiet")
+    assert caplog.messages == ["seen"]
+
+
 def test_a_level_of_its_own_wins(caplog):
     transformers_logging.set_verbosity_error()
     logging.getLogger("optimum_flexcompress").setLevel(logging.INFO)
