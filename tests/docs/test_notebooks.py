@@ -39,7 +39,7 @@ def test_notebook_runs(notebook, nbformat, tmp_path, monkeypatch):
         for cell in content.cells
         if cell.cell_type == "code" and cell.source.endswith('["eval_accuracy"]')
     ]
-    assert len(accuracies) == 2 and min(accuracies) > 0.8
+    assert len(accuracies) == 2 and min(accuracies) > 0.7  # ten intents: chance is 0.1
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
