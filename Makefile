@@ -28,22 +28,26 @@ SMOKE_SETTINGS := data.max_train_samples=640 data.max_eval_samples=320 \
 	stages.finetune.checkpoints=1 stages.distill.checkpoints=1 \
 	stages.benchmark.rounds=3 stages.benchmark.max_seconds=2 stages.benchmark.stream_rows=16
 
+# Where `make docs` writes.
+DOCS ?= build/docs
+
 CHECKED := optimum_flexcompress tests examples
 
-.PHONY: help install quickstart test test-ipex quality style
+.PHONY: help install quickstart test test-ipex docs quality style
 
 help:
 	@echo "make quickstart   compress a real model on real data; the report is under $(OUT)"
 	@echo "                  (SMOKE=1: the same on a slice, in under two minutes)"
 	@echo "make test         the tests"
 	@echo "make test-ipex    the tests of the IPEX backend, in the environment of their own that it needs (7 GB)"
+	@echo "make docs         the documentation, with the API reference, as MDX pages under $(DOCS)"
 	@echo "make quality      ruff, without changing anything"
 	@echo "make style        ruff, mending what it can"
 
 $(INSTALLED): setup.cfg pyproject.toml constraints/main.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints/main.txt \
-		-e ".[demo,report,tests,torchao,quality]"
+		-e ".[demo,docs,report,tests,torchao,quality]"
 	touch $@
 
 install: $(INSTALLED)
@@ -69,6 +73,12 @@ test: install
 
 test-ipex: $(IPEX_INSTALLED)
 	FLEXCOMPRESS_LANE=ipex OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python -m pytest -n 2 tests/ipex $(IPEX_CORE_TESTS)
+
+# MDX, as Optimum's own documentation is published from: for HTML (--html) doc-builder clones its web site's sources from
+# GitHub and installs them with npm, and this target needs no network.
+docs: install
+	$(BIN)/doc-builder build optimum_flexcompress docs/source --build_dir $(DOCS) --clean \
+		--repo_name optimum-flexcompress --version_tag_suffix ""
 
 quality: install
 	$(BIN)/ruff check $(CHECKED)

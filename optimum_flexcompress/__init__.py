@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from . import loader  # noqa: F401  registers the loader
+from . import loader, logs  # noqa: F401  they register the loader, and set the verbosity
 from .version import __version__
 
 

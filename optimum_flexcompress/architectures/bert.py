@@ -35,6 +35,7 @@ FIRST_TOKEN = {
 
 
 def dropping_objection(config: PretrainedConfig) -> str | None:
+    """Why the layers of a BERT-like encoder cannot drop tokens, if they cannot."""
     kind = getattr(config, "position_embedding_type", "absolute")
     if kind != "absolute":
         return (

@@ -25,6 +25,7 @@ class Projection:
 
     @property
     def size(self) -> int:
+        """How many output features it has."""
         return self.stop - self.start
 
 
@@ -72,6 +73,7 @@ class FeedForwardView:
 
     @property
     def size(self) -> int:
+        """Inner dims."""
         return _weight_size(self.down, "in")
 
 
@@ -97,6 +99,7 @@ class StackView:
 
     @property
     def is_causal(self) -> bool:
+        """Whether a token sees only those before it."""
         return self.table.causal
 
 
@@ -112,6 +115,7 @@ class ModelView:
 
     @property
     def family(self) -> str:
+        """Name of the family."""
         return self.architecture.family
 
     def name_below_base(self, name: str) -> str:

@@ -62,6 +62,7 @@ def time_shape(
     shape: str,
     timing: dict[str, Any],
 ) -> dict[str, Timing]:
+    """Times batches of one shape, all models side by side; `timing` is for [`measure_side_by_side`]."""
     runs = {
         name: runner(artifact, example_batch(artifact.config, artifact.task, batch_size, length), new_tokens)
         for name, artifact in artifacts.items()
@@ -71,6 +72,7 @@ def time_shape(
 
 
 def timing_dict(timing: Timing, baseline: Timing, produced: float) -> dict[str, Any]:
+    """A timing as the report holds it; `produced` is how many rows (or tokens) a run makes."""
     return {
         **timing.to_dict(),
         "throughput": produced / timing.median,
@@ -85,6 +87,7 @@ def time_stream(
     new_tokens: int,
     timing: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
+    """Times rows one by one at their real lengths, all models side by side."""
     runs = {name: stream_runner(artifact, batches, new_tokens) for name, artifact in artifacts.items()}
     options = {"warmup": 1, "min_sample_seconds": 0.0, "description": "Timing real lengths"}
     with _forgetting(runs):

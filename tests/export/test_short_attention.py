@@ -92,7 +92,7 @@ def test_a_model_that_cannot_move_to_the_operator_set_keeps_one_kernel(exported,
 
     fused = fused_model(exported, "bert")
     monkeypatch.setattr(version_converter, "convert_version", refuse)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="optimum_flexcompress"):
         assert choose_attention_by_size(fused) == (fused, 0)
     assert "no adapter" in caplog.text
 

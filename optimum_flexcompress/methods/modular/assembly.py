@@ -36,6 +36,7 @@ class Piece:
 
     @property
     def is_module(self) -> bool:
+        """Whether a module stands there, rather than a layer."""
         return self.granularity > 1
 
     def to_dict(self) -> dict[str, int]:

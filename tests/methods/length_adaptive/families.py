@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import torch
+import transformers
 
+from optimum_flexcompress.architectures import find_architecture
 from tests.methods.toys import model_of
-from tests.tiny import ALL
+from tests.tiny import ALL, CONFIGS
 
 
-ENCODERS = ("bert", "roberta", "distilbert", "vit", "t5", "t5-gated-untied", "bart")
+def has_encoder(config_name: str) -> bool:
+    stacks = find_architecture(getattr(transformers, config_name).model_type).stacks
+    return any(not stack.causal for stack in stacks.values())
+
+
+ENCODERS = tuple(family for family, (config_name, _) in CONFIGS.items() if has_encoder(config_name))
 MATRIX = [(family, name) for family, name in ALL if family in ENCODERS and name != "BartForCausalLM"]
 DECODERS = [(family, name) for family, name in ALL if family not in ENCODERS or name == "BartForCausalLM"]
 

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from optimum_flexcompress import FlexCompressError, Kept, KeptLayer, keep_layers, select
 from optimum_flexcompress.architectures import describe
@@ -27,12 +28,12 @@ def hooks_of(model) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-# T5 has no SDPA. Eager models hand their maps over, the others need the second softmax.
+# Some families (T5) have no SDPA. Eager models hand their maps over, the others need the second softmax.
 IMPLEMENTATIONS = [
     (*entry, kind)
     for entry in MATRIX
     for kind in ("eager", "sdpa")
-    if kind == "eager" or not entry[0].startswith("t5")
+    if kind == "eager" or getattr(transformers, entry[1])._supports_sdpa
 ]
 
 
