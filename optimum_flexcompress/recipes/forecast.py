@@ -103,7 +103,7 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
 
     from ..architectures import describe
     from ..data import select_split, take
-    from ..evaluation.environment import busy_cores, environment_info
+    from ..evaluation.environment import busy_cores
     from .inputs import no_progress_bars
     from .stages.training import ATTENTION_DROPOUT, has_head
 
@@ -127,8 +127,7 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
     per_example = len(rows) / len(drawn)
     dropout = {name: 0.0 for name in ATTENTION_DROPOUT if hasattr(skeleton.config, name)}
     loaded = task.load_model(model, ignore_mismatched_sizes=True, **prepared.model_kwargs, **dropout)
-    flags = environment_info()["flags"]
-    bf16 = any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+    bf16 = _computes_in_bf16()
     causal = all(stack.is_causal for stack in view.stacks.values())
     kind = "encoder-decoder" if len(view.stacks) > 1 else "decoder" if causal else "encoder"
     count = max(1, round(len(train) * per_example))
@@ -174,6 +173,17 @@ def _time_int8(recipe: Recipe, model: PreTrainedModel, task: Task, length: int) 
     return {"shape": shape, "int8_milliseconds": 1e3 * timing["int8"].median, "graph_seconds": seconds}
 
 
+def _computes_in_bf16() -> bool:
+    """Whether the device that trains is fast in bfloat16."""
+    import torch
+
+    from ..evaluation.environment import environment_info
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool({"avx512_bf16", "amx_bf16"} & set(environment_info()["flags"]))
+
+
 def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool) -> dict[str, float]:
     """Steps on a few rows of three lengths; the weights are thrown away afterwards."""
     import torch
@@ -190,9 +200,17 @@ def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool) -> dict[st
         start = max(0, min(middle, len(order) - size))
         batches.append((size, prepared.collator([rows[index] for index in order[start : start + size]])))
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def forward(batch: Mapping[str, Any]) -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            return model(**batch)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            return model(**{name: value.to(device) for name, value in batch.items()})
 
     def step(batch: Mapping[str, Any]) -> None:
         loss = forward(batch).get("loss")
@@ -204,9 +222,9 @@ def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool) -> dict[st
         function(batches[0][1])
         seconds = []
         for size, batch in batches:
-            started = time.perf_counter()
+            started = now()
             function(batch)
-            seconds.append((time.perf_counter() - started) / size)
+            seconds.append((now() - started) / size)
         return sum(seconds) / len(seconds)
 
     with torch.inference_mode():
@@ -217,9 +235,9 @@ def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool) -> dict[st
         (parameter for parameter in model.parameters() if parameter.grad is not None), lr=0.0
     )
     optimizer.step()
-    started = time.perf_counter()
+    started = now()
     optimizer.step()
-    update = time.perf_counter() - started
+    update = now() - started
     return {"step_seconds": step_seconds, "forward_seconds": forward_seconds, "update_seconds": update}
 
 

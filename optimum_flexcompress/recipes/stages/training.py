@@ -231,6 +231,9 @@ class TrainingStage(Stage):
             "dataloader_pin_memory": torch.cuda.is_available(),
             **settings.arguments,
         }
+        if settings.arguments.get("bf16") and not torch.accelerator.is_available():
+            # Else Transformers takes bf16 to be wanted of a GPU that is not there.
+            chosen.setdefault("use_cpu", True)
         if prepared.generation:
             chosen.setdefault("predict_with_generate", True)
         cls = Seq2SeqTrainingArguments if prepared.generation else TrainingArguments
