@@ -14,8 +14,8 @@ from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target
 
 if TYPE_CHECKING:
     from optimum_flexcompress.recipes import Recipe, RecipeResult
+    from optimum_flexcompress.recipes.budget import Budget
     from optimum_flexcompress.recipes.forecast import Facts
-    from optimum_flexcompress.recipes.planner import Budget
 
 
 class CompressCommand(FlexCompressCommand):
@@ -134,7 +134,7 @@ that comes nearest, and the exit code is not 0.
                 self.parser.error(f"--{option} is needed (see --help)")
 
         from optimum_flexcompress.recipes import load_recipe, run_recipe
-        from optimum_flexcompress.recipes.planner import Budget
+        from optimum_flexcompress.recipes.budget import Budget
 
         budget = Budget.read(args.max_drop, args.target_latency, args.choose)
         self._check_flags()
@@ -204,9 +204,11 @@ that comes nearest, and the exit code is not 0.
 
     def _planned(self, budget: Budget, overrides: list[str]) -> Recipe:
         """The recipe for a budget, by the plan of an earlier run in OUT where there is one."""
+        from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
         from optimum_flexcompress.recipes.planner import earlier_plan, make_plan, planned_recipe
 
         args = self.args
+        print(f"this-machine: {describe_environment(environment_info())}")
         plan = None
         if args.output is not None and not args.overwrite:
             plan = earlier_plan(args.output, args.model, args.dataset, args.task)
@@ -225,7 +227,9 @@ that comes nearest, and the exit code is not 0.
         from optimum_flexcompress.recipes.planner import measure, time_table
 
         args = self.args
-        facts = self._facts or measure(recipe, args.model, args.dataset, args.task, print)
+        facts = self._facts
+        if facts is None:
+            facts, _ = measure(recipe, args.model, args.dataset, args.task, print)
         print(f"\n{time_table(recipe, forecast(recipe, facts))}")
         if recipe.plan is not None:
             settings = [override for part in recipe.plan["decisions"] for override in part["overrides"]]
@@ -240,20 +244,21 @@ that comes nearest, and the exit code is not 0.
         """
         from optimum_flexcompress.errors import FlexCompressError
 
-        choice = result.metrics.get("best")
-        if choice is None or "met" not in choice:
-            return
-        if not choice["met"]:
-            kept = f"All models are kept in {result.output}, this one is {result.output / 'best'}."
-            raise FlexCompressError(f"{choice['sentence']} {kept}")
-        if choice["chosen"] is None:
-            if self.args.recipe is None:
+        for name, choice in result.metrics.items():
+            if "met" not in choice:
+                continue
+            folder = result.folders[name]
+            if not choice["met"]:
+                raise FlexCompressError(
+                    f"{choice['sentence']} All models are kept in {result.output}, this one is {folder}."
+                )
+            if choice["chosen"] is not None:
+                print(f"Chosen: {choice['sentence']} It is in {folder}.")
+            elif self.args.recipe is None:
                 print(
                     "Choose one: the same command with --max-drop 1%, --target-latency 20ms or --choose NAME puts it into "
-                    f"{result.output / 'best'}, and trains nothing again."
+                    f"{folder}, and trains nothing again."
                 )
-            return
-        print(f"Chosen: {choice['sentence']} It is in {result.output / 'best'}.")
 
     def _list_recipes(self) -> None:
         from optimum_flexcompress.recipes import list_recipes

@@ -51,6 +51,7 @@ class Facts:
         task: Name of the task.
         kind: `encoder`, `decoder` or `encoder-decoder`.
         layers: Of the shallowest stack.
+        even: Whether every stack has an even number of them.
         width: Hidden size.
         labels: Whether the task has labels to train on.
         trained: Whether the model seems to be fine-tuned already.
@@ -71,6 +72,7 @@ class Facts:
     task: str
     kind: str
     layers: int
+    even: bool
     width: int
     labels: bool
     trained: bool
@@ -137,6 +139,7 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
         task=task.name,
         kind=kind,
         layers=min(len(stack.layers) for stack in view.stacks.values()),
+        even=all(len(stack.layers) % 2 == 0 for stack in view.stacks.values()),
         width=view.hidden_size,
         labels="labels" in rows.column_names or "start_positions" in rows.column_names or bool(names),
         trained=has_head(task.auto_class, skeleton.config)

@@ -8,20 +8,23 @@ the recipe `full`: `compress --recipe full --set ...` with what `--dry-run` prin
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FlexCompressError
 from ..evaluation.environment import BUSY
-from ..search import read_share
+from .budget import Budget
 from .forecast import Facts, look
 from .inputs import check_model_and_data, open_data
 from .schema import Recipe, load_recipe
+from .stages import INPUT
 from .workspace import Workspace
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "plan"
 RECIPE = "full"
@@ -74,7 +77,8 @@ RULES = (
     ),
     Rule(
         "layers",
-        f"every stack has {FEWEST_LAYERS} layers or more, and the model is no decoder",
+        f"every stack has {FEWEST_LAYERS} layers or more (an even number in encoder-decoders), the task has labels, and "
+        "the model is no decoder",
         "half of the layers: an encoder by MiniLM and logits, an encoder-decoder by modules",
         ("quickstart.json", "modular_multi30k.json"),
     ),
@@ -87,7 +91,7 @@ RULES = (
     ),
     Rule(
         "tokens",
-        f"the model is an encoder, and half of the inputs have {LONG_INPUT} tokens or more",
+        f"the model is an encoder, the task has labels, and half of the inputs have {LONG_INPUT} tokens or more",
         "length-adaptive training, and a search of lengths",
         ("length_imdb.json", "quala_squad.json"),
     ),
@@ -173,69 +177,13 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What was asked for.
-
-    Attributes:
-        max_drop: Largest share of the fine-tuned model's metric that may be lost.
-        target_latency: Milliseconds.
-        name: A measured model to take, whatever it loses or takes.
-    """
-
-    max_drop: float | None = None
-    target_latency: float | None = None
-    name: str | None = None
-
-    @classmethod
-    def read(cls, max_drop: str | None = None, target_latency: str | None = None, name: str | None = None) -> Budget:
-        """Reads what a user may write: a share such as `1%`, a time such as `20ms`.
-
-        Raises:
-            FlexCompressError: It is none of these.
-        """
-        drop = None
-        if max_drop is not None:
-            drop = read_share("--max-drop", max_drop, 0.0)
-            if drop == 1:
-                raise FlexCompressError(
-                    f"--max-drop {max_drop} allows to lose everything: write 1% or 0.01 for a percent."
-                )
-        return cls(drop, None if target_latency is None else _milliseconds(target_latency), name)
-
-    @property
-    def overrides(self) -> list[str]:
-        """As settings of the recipe; those of stages that are skipped do no harm."""
-        found = []
-        if self.max_drop is not None:
-            found += [f"stages.{setting}.max_drop={self.max_drop!r}" for setting in ("best", "pick")]
-        if self.target_latency is not None:
-            found.append(f"stages.best.target_latency={self.target_latency!r}")
-        if self.name is not None:
-            found.append(f"stages.best.name={self.name}")
-        return found
-
-
-def _milliseconds(text: str) -> float:
-    """`20ms`, `0.02s`, or `20`, which are milliseconds."""
-    for unit, factor in (("ms", 1.0), ("s", 1e3), ("", 1.0)):
-        if text.strip().endswith(unit):
-            try:
-                value = float(text.strip().removesuffix(unit)) * factor
-            except ValueError:
-                break
-            if 0 < value < math.inf:
-                return value
-            break
-    raise FlexCompressError(f"--target-latency is {text!r}: give a time above 0, such as 20ms or 0.02s.")
-
-
-def decide(facts: Facts, budget: Budget) -> Plan:
+def decide(facts: Facts, budget: Budget, refused: Mapping[str, str] | None = None) -> Plan:
     """Applies the rules.
 
     Args:
         facts: About the model, the data and this machine.
         budget: What was asked for.
+        refused: Rules whose stages have said that they cannot work with the model, and what they said.
     """
     target = budget.target_latency
     int8 = f"int8 alone takes {facts.int8_milliseconds:.3g} ms for {facts.shape} here"
@@ -248,6 +196,8 @@ def decide(facts: Facts, budget: Budget) -> Plan:
     ]
     steps = [_layers(facts), _width(facts, speedup), _tokens(facts)]
     for position, step in enumerate(steps):
+        if step.rule in (refused or {}):
+            steps[position] = Decision(step.rule, False, refused[step.rule])
         if enough:
             steps[position] = Decision(step.rule, False, "int8 alone is enough")
         if not steps[position].applies:
@@ -262,7 +212,7 @@ def _layers(facts: Facts) -> Decision:
         return Decision("layers", False, f"{facts.task} has no labels to train on")
     if facts.kind == "decoder":
         return Decision("layers", False, "the model is a decoder, of which there is no such benchmark")
-    if facts.layers < FEWEST_LAYERS or (facts.kind == "encoder-decoder" and facts.layers % 2):
+    if facts.layers < FEWEST_LAYERS or (facts.kind == "encoder-decoder" and not facts.even):
         return Decision("layers", False, f"the model has {facts.layers} layers")
     if facts.kind == "encoder":
         settings = ("modular.skip=true", "half.skip=true", "distill.layers=0.5")
@@ -372,18 +322,42 @@ def make_plan(
         FlexCompressError: The model or the data cannot be opened, or do not fit.
     """
     recipe = load_recipe(RECIPE, overrides)
-    return decide(measure(recipe, model, dataset, task, say), budget)
+    facts, skeleton = measure(recipe, model, dataset, task, say)
+    refused: dict[str, str] = {}
+    while True:
+        plan = decide(facts, budget, refused)
+        objection = _objection(planned_recipe(plan, budget, overrides), skeleton)
+        if objection is None:
+            return plan
+        stage, reason = objection
+        rule = next((rule for rule, stages in _STAGES.items() if stage in stages and rule not in refused), None)
+        if rule is None:
+            raise FlexCompressError(f"stages.{stage}: {reason}")
+        refused[rule] = reason
 
 
-def measure(recipe: Recipe, model: str, dataset: str, task: str, say: Callable[[str], None]) -> Facts:
-    """The facts about a model, data and this machine, for a recipe; see [`make_plan`]."""
+def _objection(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[str, str] | None:
+    """The first stage that says that it cannot run, and why."""
+    models = {INPUT: skeleton}
+    for spec in recipe.stages:
+        try:
+            models[spec.name] = spec.stage.check(models)
+        except FlexCompressError as error:
+            return spec.name, str(error)
+    return None
+
+
+def measure(
+    recipe: Recipe, model: str, dataset: str, task: str, say: Callable[[str], None]
+) -> tuple[Facts, PreTrainedModel]:
+    """The facts about a model, data and this machine, for a recipe, and the model without its weights."""
     from ..tasks import get_task
 
     the_task = get_task(task)
     inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say, held_out=recipe.held_out)
     skeleton = check_model_and_data(the_task, model, inputs, recipe.data)
     say("measuring int8 and a few training steps of the model on this machine; nothing is kept of it")
-    return look(recipe, model, the_task, inputs, skeleton)
+    return look(recipe, model, the_task, inputs, skeleton), skeleton
 
 
 def earlier_plan(output: str | Path, model: str, dataset: str, task: str) -> Plan | None:

@@ -12,7 +12,9 @@ from optimum_flexcompress import FlexCompressConfig
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.evaluation import Report, open_artifact
 from optimum_flexcompress.recipes import load_recipe, run_recipe
-from optimum_flexcompress.search import Front
+from optimum_flexcompress.recipes.stages import Pick, lengths
+from optimum_flexcompress.recipes.stages.lengths import PickSettings
+from optimum_flexcompress.search import Front, Point
 
 
 TIMING = ["rounds=3", "max_seconds=0.05", "stream_rows=0", "batch_sizes=[2]", "memory=false", "threads=1"]
@@ -133,7 +135,7 @@ def test_a_name_takes_that_model(compress, full):
 KEEP = """\
 data: {max_length: 24}
 stages:
-  finetune: {epochs: 8, batch_size: 8, learning_rate: 3e-3}
+  finetune: {epochs: 8, batch_size: 8, learning_rate: 3e-3, attention_dropout: 0}
   ruined: {type: finetune, model: finetune, skip_if_trained: false, max_steps: 2, learning_rate: 10.0}
   kept: {type: keep, model: ruined, instead: finetune, max_drop: 0.1}
 """
@@ -147,6 +149,41 @@ def test_a_step_that_loses_too_much_is_left_out(compress, tmp_path, max_drop, ch
     assert result.metrics["kept"]["chosen"] == chosen and result.metrics["kept"]["lost"] > 0.1
     weights = [(result.folders[name] / "model.safetensors").read_bytes() for name in ("kept", chosen)]
     assert weights[0] == weights[1]
+    # What the model was trained with is what is trained on.
+    config = transformers.AutoConfig.from_pretrained(result.folders["kept"])
+    assert (config.attention_probs_dropout_prob, config.hidden_dropout_prob) == (0.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("dense", "max_drop", "picked"),
+    [(0.80, "2%", 50.0), (0.75, "5%", 50.0), (0.73, "5%", 20.0), (0.90, "1%", None), (0.80, "0.1%", None)],
+)
+def test_lengths_are_picked_by_what_the_baseline_scores(tmp_path, monkeypatch, dense, max_drop, picked):
+    """Of 0.80 with all tokens, at a cost of 100: 0.79 at 50 and 0.70 at 20."""
+    points = [
+        Point({"fractions": [cost / 100] * 2, "unit": "fractions"}, metric, cost, cost / 100)
+        for cost, metric in ((20.0, 0.70), (50.0, 0.79), (100.0, 0.80))
+    ]
+    front = Front(
+        kind="lengths", objective="macs", metric="accuracy", greater_is_better=True, unit="share", runtime="pytorch",
+        max_length=24, full=points[-1], points=points, scored=points,
+    )  # fmt: skip
+    front.save(tmp_path)
+    monkeypatch.setattr(
+        lengths, "score_held_out", lambda *arguments: ([dense], SimpleNamespace(greater_is_better=True))
+    )
+    (tmp_path / "out").mkdir()
+    context = SimpleNamespace(
+        name="pick", artifact=lambda name: tmp_path, output=tmp_path / "out", say=lambda line: None
+    )
+    settings = {"max_drop": max_drop, "baseline": "finetune"}
+    if picked is None:
+        with pytest.raises(FlexCompressError, match=r"loses .* of what finetune scores|No configuration of the front"):
+            Pick(PickSettings(**settings)).run(context)
+        # The least that can be lost.
+        settings["best_effort"], picked = True, 50.0
+    Pick(PickSettings(**settings)).run(context)
+    assert Front.load(tmp_path / "out").picked.cost == picked
 
 
 def test_a_skipped_stage_is_stood_in_for():
@@ -169,6 +206,7 @@ def test_a_skipped_stage_is_stood_in_for():
     ("overrides", "message"),
     [
         (["stages.search.skip=true"], "stages.pick reads search, which is skipped and stands for no model: add skip"),
+        (["stages.finetune.attention_dropout=1"], "attention_dropout must be at least 0 and below 1"),
         (["stages.prune.skip=maybe"], "stages.prune.skip must be true or false"),
         (["stages.best.name=int9"], 'stages.best: name is "int9", which benchmark does not measure. Did you mean'),
         (["stages.best.name=int8", "stages.best.max_drop=1%"], "name chooses by itself"),

@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import transformers
 
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.recipes import load_recipe
+from optimum_flexcompress.recipes.budget import Budget
 from optimum_flexcompress.recipes.forecast import MASK_OVERHEAD, MINILM_OVERHEAD, Facts, forecast
-from optimum_flexcompress.recipes.planner import RULES, Budget, Plan, decide, planned_recipe
+from optimum_flexcompress.recipes.planner import RULES, Plan, decide, make_plan, planned_recipe
 from optimum_flexcompress.recipes.stages.choice import ChooseSettings, choose
 from optimum_flexcompress.search import Front
 from optimum_flexcompress.search.front import Point, pareto
@@ -21,6 +23,7 @@ ENCODER = Facts(
     task="text-classification",
     kind="encoder",
     layers=6,
+    even=True,
     width=384,
     labels=True,
     trained=False,
@@ -76,6 +79,7 @@ def test_every_rule_names_a_benchmark_that_there_is():
             "finetune prune int8-dense int8-prune benchmark best",
         ),
         (BOTH, "finetune modular half prune int8-dense int8-distill int8-prune benchmark best"),
+        (dataclasses.replace(BOTH, even=False), "finetune prune int8-dense int8-prune benchmark best"),
         (DECODER, "finetune prune int8-dense int8-prune benchmark best"),
         (dataclasses.replace(ENCODER, labels=False, task="feature-extraction"), "finetune int8-dense benchmark best"),
     ],
@@ -89,6 +93,21 @@ def test_int8_alone_is_taken_where_it_is_enough():
     assert "prune" in stages(ENCODER, target_latency=15.0)
     # A drop alone asks for the fastest model.
     assert "prune" in stages(ENCODER, max_drop=0.01)
+
+
+def test_a_step_that_its_stages_refuse_is_left_out(model_folder, data_folder, tmp_path):
+    """MiniLM finds no number of relation heads that divides a width of 30."""
+    from tests.tiny import build
+
+    names = {"hidden_size": 30, "num_attention_heads": 3, "num_hidden_layers": 4, "vocab_size": 400}
+    build("bert", "BertModel", **names).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    budget, overrides = Budget(), ["data.max_length=24", "stages.benchmark.threads=1"]
+    plan = make_plan(str(tmp_path), str(data_folder), "text-classification", budget, overrides, lambda line: None)
+    found = {decision.rule: decision for decision in plan.decisions}
+    assert found["width"].applies and not found["layers"].applies
+    assert "relation heads divides the widths 30" in found["layers"].why
+    assert "distill" not in [spec.name for spec in planned_recipe(plan, budget, overrides).stages]
 
 
 def test_how_much_goes():
