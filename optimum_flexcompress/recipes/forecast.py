@@ -105,6 +105,7 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
 
     from ..architectures import describe
     from ..data import select_split, take
+    from ..evaluation.artifact import LABELS
     from ..evaluation.environment import busy_cores
     from .inputs import no_progress_bars
     from .stages.training import ATTENTION_DROPOUT, has_head
@@ -127,6 +128,8 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
     rows = prepared.dataset["train"]
     sizes = np.sort([len(ids) for ids in rows["input_ids"]]) if "input_ids" in rows.column_names else None
     per_example = len(rows) / len(drawn)
+    # Some tasks make them from the inputs, batch by batch.
+    labels = bool(set(LABELS) & set(prepared.collator([rows[0]])))
     dropout = {name: 0.0 for name in ATTENTION_DROPOUT if hasattr(skeleton.config, name)}
     loaded = task.load_model(model, ignore_mismatched_sizes=True, **prepared.model_kwargs, **dropout)
     bf16 = _computes_in_bf16()
@@ -141,7 +144,7 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
         layers=min(len(stack.layers) for stack in view.stacks.values()),
         even=all(len(stack.layers) % 2 == 0 for stack in view.stacks.values()),
         width=view.hidden_size,
-        labels="labels" in rows.column_names or "start_positions" in rows.column_names or bool(names),
+        labels=labels,
         trained=has_head(task.auto_class, skeleton.config)
         and (names is None or skeleton.config.num_labels == len(names)),
         rows=count,
@@ -151,7 +154,7 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
         bf16=bf16,
         busy_cores=busy_cores(),
         **_time_int8(recipe, loaded, task, length),
-        **_time_training(loaded, prepared, bf16),
+        **_time_training(loaded, prepared, bf16, labels),
     )
 
 
@@ -187,8 +190,8 @@ def _computes_in_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & set(environment_info()["flags"]))
 
 
-def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool) -> dict[str, float]:
-    """Steps on a few rows of three lengths; the weights are thrown away afterwards."""
+def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool, labels: bool) -> dict[str, float]:
+    """Steps on a few rows of three lengths, none without labels; the weights are thrown away afterwards."""
     import torch
 
     rows = prepared.dataset["train"]
@@ -232,6 +235,8 @@ def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool) -> dict[st
 
     with torch.inference_mode():
         forward_seconds = per_row(forward)
+    if not labels:
+        return {"step_seconds": 0.0, "forward_seconds": forward_seconds, "update_seconds": 0.0}
     model.train()
     step_seconds = per_row(step)
     optimizer = torch.optim.AdamW(

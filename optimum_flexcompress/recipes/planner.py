@@ -232,7 +232,8 @@ def _width(facts: Facts, speedup: float) -> Decision:
         "width",
         True,
         f"VIB pruning of {100 * sparsity:g} % of what is left of the layers, in {steps:,} steps",
-        (f"stages.prune.target_sparsity={sparsity}", f"stages.prune.max_steps={steps}"),
+        # Epochs, which are what users set to train longer.
+        (f"stages.prune.target_sparsity={sparsity}", f"stages.prune.epochs={round(steps / facts.steps_per_epoch, 2)}"),
     )
 
 
@@ -365,12 +366,13 @@ def earlier_plan(output: str | Path, model: str, dataset: str, task: str) -> Pla
 
     A run goes on by the plan that it was begun with: latencies measured anew might come out differently, and what is
     trained is not trained again for another budget.
+
+    Raises:
+        FlexCompressError: The folder holds something else.
     """
     from ..tasks import get_task
 
-    if not Path(output).expanduser().is_dir():
-        return None
-    run = Workspace(output).read_run()
+    run = Workspace(output).read_run_of(NAME)
     plan = run.get("recipe", {}).get("plan")
     same = (run.get("model"), run.get("dataset"), run.get("task")) == (str(model), str(dataset), get_task(task).name)
     return Plan.from_dict(plan) if plan and same else None

@@ -19,7 +19,7 @@ What is refused, and why:
 | MiniLM after `prune` | it compares queries, keys and values of the last layer, of which pruning may leave any number |
 | any training after `export` or `quantize` | there is no PyTorch model left to train |
 | MiniLM, or matching of hidden states, in one training with a fixed length configuration | they compare token by token |
-| two methods with several passes per step in one training | give each a stage |
+| modular and another method than distillation of logits in one training | each step runs other layers |
 
 The first four are looked at by stage, here and in the stages; the others by the methods themselves, also in a script.
 """

@@ -16,6 +16,7 @@ from optimum_flexcompress.recipes.planner import RULES, Plan, decide, make_plan,
 from optimum_flexcompress.recipes.stages.choice import ChooseSettings, choose
 from optimum_flexcompress.search import Front
 from optimum_flexcompress.search.front import Point, pareto
+from tests.tasks.toys import word_tokenizer
 
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
@@ -110,6 +111,34 @@ def test_a_step_that_its_stages_refuse_is_left_out(model_folder, data_folder, tm
     assert "distill" not in [spec.name for spec in planned_recipe(plan, budget, overrides).stages]
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "task", "kind", "steps"),
+    [
+        ("gpt2", "GPT2LMHeadModel", "text-generation", "decoder", {"width"}),
+        ("t5", "T5ForConditionalGeneration", "text2text-generation", "encoder-decoder", {"layers", "width"}),
+        ("bert", "BertForMaskedLM", "fill-mask", "encoder", {"layers", "width"}),
+        ("bert", "BertModel", "feature-extraction", "encoder", set()),
+    ],
+)
+def test_other_kinds_of_models_are_measured_and_planned_for(tmp_path, family, name, task, kind, steps):
+    from tests.tiny import build
+
+    depth = {"gpt2": "n_layer", "t5": "num_layers"}.get(family, "num_hidden_layers")
+    more = {"num_decoder_layers": 4} if family == "t5" else {}
+    build(family, name, **{depth: 4}, **more).save_pretrained(tmp_path / "model")
+    word_tokenizer(eos_token="[SEP]").save_pretrained(tmp_path / "model")
+    rows = ["the film was very good,the plot was bad"] * 40
+    (tmp_path / "train.csv").write_text("\n".join(["text,target", *rows]) + "\n")
+    overrides = ["data.max_length=16", "stages.benchmark.threads=1", "stages.benchmark.new_tokens=2"]
+    plan = make_plan(
+        str(tmp_path / "model"), str(tmp_path / "train.csv"), task, Budget(), overrides, lambda line: None
+    )
+    assert plan.facts.kind == kind and plan.facts.int8_milliseconds > 0
+    assert (plan.facts.step_seconds > 0) == bool(steps)
+    applied = {decision.rule for decision in plan.decisions if decision.applies}
+    assert applied & {"layers", "width", "tokens"} == steps
+
+
 def test_how_much_goes():
     assert settings(ENCODER, "prune").target_sparsity == 0.5
     assert settings(ENCODER, "prune", target_latency=6.0).target_sparsity == 0.5
@@ -142,8 +171,9 @@ def test_how_it_is_trained():
     for stage in ("finetune", "distill", "prune", "adapt"):
         found = settings(ENCODER, stage)
         assert found.arguments == {"bf16": True} and found.attention_dropout == 0.0
-    assert settings(ENCODER, "prune").max_steps == 1000
-    assert settings(dataclasses.replace(ENCODER, steps_per_epoch=400), "prune").max_steps == 1600
+    # A thousand steps, or four epochs.
+    for steps, epochs in ((100, 10), (250, 4), (400, 4)):
+        assert settings(dataclasses.replace(ENCODER, steps_per_epoch=steps), "prune").epochs == epochs
 
 
 def test_a_plan_survives_its_file():
