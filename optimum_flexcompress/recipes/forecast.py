@@ -16,6 +16,7 @@ other work meanwhile, or inputs unlike those that were drawn, make it wrong.
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -206,6 +207,8 @@ def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool, labels: bo
         start = max(0, min(middle, len(order) - size))
         batches.append((size, prepared.collator([rows[index] for index in order[start : start + size]])))
 
+    # As the Trainer does, which leaves out what the model does not take.
+    accepted = inspect.signature(model.forward).parameters
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
 
@@ -216,7 +219,7 @@ def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool, labels: bo
 
     def forward(batch: Mapping[str, Any]) -> Any:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            return model(**{name: value.to(device) for name, value in batch.items()})
+            return model(**{name: value.to(device) for name, value in batch.items() if name in accepted})
 
     def step(batch: Mapping[str, Any]) -> None:
         loss = forward(batch).get("loss")
