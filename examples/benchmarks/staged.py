@@ -48,6 +48,7 @@ def train(
     max_length: int,
     seed: int,
     config: FlexCompressConfig | None = None,
+    teacher: str | Path | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Trains `start` on `data["train"]`, from the last checkpoint on if there is one.
@@ -60,6 +61,7 @@ def train(
         max_length: Longest input in tokens.
         seed: For order, dropout and what the methods draw.
         config: What to compress with; `None` for plain training.
+        teacher: The model that teaches meanwhile.
         **arguments: For `TrainingArguments`.
 
     Returns:
@@ -91,6 +93,7 @@ def train(
             use_cpu=not torch.cuda.is_available(),
             **arguments,
         ),
+        teacher_model=task.load_model(teacher) if teacher is not None else None,
         compression_config=config,
         train_dataset=prepared.dataset["train"],
         data_collator=prepared.collator,

@@ -1,27 +1,55 @@
-"""`optimum-cli flexcompress compress`: runs a recipe."""
+"""`optimum-cli flexcompress compress`: plans a recipe for a budget, or takes one by name, and runs it."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+from typing import TYPE_CHECKING
 
 from optimum.commands.base import CommandInfo
 from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
 from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target
 
 
-class CompressCommand(FlexCompressCommand):
-    """Compresses a model by a recipe, stage by stage; an interrupted run goes on where it stopped."""
+if TYPE_CHECKING:
+    from optimum_flexcompress.recipes import Recipe, RecipeResult
+    from optimum_flexcompress.recipes.budget import Budget
+    from optimum_flexcompress.recipes.forecast import Facts
 
-    COMMAND = CommandInfo(name="compress", help="Run a whole recipe: train, distil, export, quantize, measure.")
+
+class CompressCommand(FlexCompressCommand):
+    """Compresses a model, stage by stage; an interrupted run goes on where it stopped."""
+
+    COMMAND = CommandInfo(
+        name="compress",
+        help="Compress a model within a budget, or by a recipe: train, distil, prune, quantize, measure.",
+    )
     EXAMPLES = """\
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --max-drop 1% -o OUT
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --max-drop 1% \\
+    --target-latency 20ms --device-profile this-machine -o OUT
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --max-drop 1% --dry-run
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification -o OUT
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification -o OUT --choose int8-prune
 optimum-cli flexcompress compress --list-recipes
 optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --recipe distil-int8 -o OUT
 optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --recipe distil-int8 -o OUT \\
     --set stages.distill.epochs=2 --set data.max_length=64
-optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification -o OUT --push-to-hub \\
-    --hub-model-id me/student-int8
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --recipe full -o OUT \\
+    --set stages.modular.skip=true --set stages.half.skip=true --set stages.distill.layers=0.5
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --max-drop 1% -o OUT \\
+    --push-to-hub --hub-model-id me/student-int8
+
+Without --recipe the command plans which methods to stack: it looks at the model, the inputs and the latency of the int8
+model on this machine. --max-drop 1% returns the fastest model that loses at most 1 % of the metric of the fine-tuned
+model, as a share of it; --target-latency 20ms one that takes no longer for a batch, by default one input of the longest
+length. With neither, the models are shown to choose from: the same command with a budget, or with --choose NAME, then
+takes one, and trains nothing again. Every model is kept in OUT. Where no model keeps the budget, OUT/best is the one
+that comes nearest, and the exit code is not 0.
 """
+    # What a plan went by.
+    _facts: Facts | None = None
     INTERRUPTED = "stages that finished are kept; run the same command again to go on from there."
 
     @staticmethod
@@ -36,10 +64,36 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
         )
         required.add_argument("--task", help="What the model is for, such as text-classification.")
         required.add_argument(
-            "--recipe", default="distil-int8", help="Name of a recipe, or a .yaml file (default: %(default)s)."
+            "--recipe", help="Name of a recipe, or a .yaml file, instead of a plan (see --list-recipes)."
         )
         required.add_argument(
             "-o", "--output", help="Folder for the results; the folder of an interrupted run to go on with it."
+        )
+        budget = parser.add_argument_group("budget")
+        budget.add_argument(
+            "--max-drop",
+            metavar="SHARE",
+            help="Return the fastest model that loses at most this of the fine-tuned model's metric: 1%%, or 0.01.",
+        )
+        budget.add_argument(
+            "--target-latency",
+            metavar="TIME",
+            help="Return a model that takes no longer for a batch: 20ms, or 0.02s. The best one, without --max-drop.",
+        )
+        budget.add_argument(
+            "--device-profile",
+            metavar="PROFILE",
+            help="Where latency counts: this-machine, its int8 instructions and the threads that PyTorch has here "
+            "(default).",
+        )
+        budget.add_argument(
+            "--choose", metavar="NAME", help="Return this one of the measured models, such as int8-prune."
+        )
+        budget.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="Print what would be done, and how long it would take here; a few steps are timed, nothing is trained "
+            "or written.",
         )
         more = parser.add_argument_group("settings")
         more.add_argument(
@@ -75,20 +129,27 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
         if args.list_recipes:
             self._list_recipes()
             return
-        for option in ("model", "dataset", "task", "output"):
+        for option in ("model", "dataset", "task", *(() if args.dry_run else ("output",))):
             if getattr(args, option) is None:
                 self.parser.error(f"--{option} is needed (see --help)")
 
         from optimum_flexcompress.recipes import load_recipe, run_recipe
+        from optimum_flexcompress.recipes.budget import Budget
 
+        budget = Budget.read(args.max_drop, args.target_latency, args.choose)
+        self._check_flags()
         overrides = list(args.overrides)
         for role, name in read_columns(args.columns).items():
             # JSON strings are YAML strings: a column called `1` or `null` stays text.
             overrides.append(f"data.columns.{role}={json.dumps(name)}")
-        recipe = load_recipe(args.recipe, overrides)
-        repository = hub_target(args, args.output)
-        stage = recipe.model_stage(args.hub_stage)
+        given = None if args.recipe is None else load_recipe(args.recipe, overrides)
+        repository = None if args.dry_run else hub_target(args, args.output)
         self._quieten()
+        recipe = self._planned(budget, overrides) if given is None else given
+        if args.dry_run:
+            self._show_times(recipe)
+            return
+        stage = recipe.model_stage(args.hub_stage)
         result = run_recipe(
             recipe,
             args.model,
@@ -98,9 +159,106 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
             overwrite=args.overwrite,
             names={stage: repository.repo_id} if repository is not None else {},
         )
+        self._check_choice(result)
         if repository is not None:
             url = repository.push(result.folders[stage], f"Upload model made by the recipe {recipe.name}")
             print(f"Pushed {stage} to {repository.repo_id}: {url}")
+
+    def _check_flags(self) -> None:
+        from optimum_flexcompress.errors import FlexCompressError
+
+        args = self.args
+        asked = [
+            f"--{name.replace('_', '-')}"
+            for name in ("max_drop", "target_latency", "choose")
+            if getattr(args, name) is not None
+        ]
+        if args.recipe is not None and (asked or args.device_profile is not None):
+            flags = " and ".join([*asked, *(["--device-profile"] if args.device_profile is not None else [])])
+            raise FlexCompressError(
+                f"{flags} and --recipe contradict each other: leave --recipe out, so that the command plans for the "
+                "budget, or set the recipe's own limits with --set (stages.pick.max_drop, stages.best.max_drop)."
+            )
+        if args.choose is not None and len(asked) > 1:
+            others = " and ".join(flag for flag in asked if flag != "--choose")
+            raise FlexCompressError(
+                f"--choose and {others} contradict each other: one names the model, the other has it looked for; give "
+                "one of them."
+            )
+        if args.device_profile not in (None, "this-machine"):
+            raise FlexCompressError(
+                f"--device-profile {args.device_profile} is not known: latency is measured where the command runs, so "
+                "run it on the machine that serves, with --device-profile this-machine."
+            )
+        for option in ("push_to_hub", "overwrite"):
+            if args.dry_run and getattr(args, option):
+                name = option.replace("_", "-")
+                raise FlexCompressError(
+                    f"--dry-run and --{name} contradict each other: a dry run writes nothing; leave one of them out."
+                )
+        if args.recipe is None and args.push_to_hub and not asked and args.hub_stage is None:
+            raise FlexCompressError(
+                "--push-to-hub pushes the chosen model, and nothing says which: add --max-drop, --target-latency or "
+                "--choose, or name a stage with --hub-stage."
+            )
+
+    def _planned(self, budget: Budget, overrides: list[str]) -> Recipe:
+        """The recipe for a budget, by the plan of an earlier run in OUT where there is one."""
+        from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
+        from optimum_flexcompress.recipes.planner import earlier_plan, make_plan, planned_recipe
+
+        args = self.args
+        print(f"this-machine: {describe_environment(environment_info())}")
+        plan = None
+        if args.output is not None and not args.overwrite:
+            plan = earlier_plan(args.output, args.model, args.dataset, args.task)
+        if plan is not None:
+            print(f"Going on by the plan of the earlier run in {args.output} (--overwrite plans and runs anew):")
+        else:
+            plan = make_plan(args.model, args.dataset, args.task, budget, overrides, print)
+            print("Plan (+ applies, - does not; in brackets the benchmarks that the rule rests on):")
+        print(plan, flush=True)
+        self._facts = plan.facts
+        return planned_recipe(plan, budget, overrides)
+
+    def _show_times(self, recipe: Recipe) -> None:
+        """What a run would do and take."""
+        from optimum_flexcompress.recipes.forecast import forecast
+        from optimum_flexcompress.recipes.planner import measure, time_table
+
+        args = self.args
+        facts = self._facts
+        if facts is None:
+            facts, _ = measure(recipe, args.model, args.dataset, args.task, print)
+        print(f"\n{time_table(recipe, forecast(recipe, facts))}")
+        if recipe.plan is not None:
+            settings = [override for part in recipe.plan["decisions"] for override in part["overrides"]]
+            print("\nThe same by hand: --recipe full " + " ".join(f"--set {shlex.quote(word)}" for word in settings))
+        print("\nThis was a dry run: nothing was trained, and nothing was written.")
+
+    def _check_choice(self, result: RecipeResult) -> None:
+        """Says how to choose where nothing was chosen.
+
+        Raises:
+            FlexCompressError: The budget could not be met.
+        """
+        from optimum_flexcompress.errors import FlexCompressError
+
+        for name, choice in result.metrics.items():
+            if "met" not in choice:
+                continue
+            folder = result.folders[name]
+            if not choice["met"]:
+                raise FlexCompressError(
+                    f"{choice['sentence']} All models are kept in {result.output}, this one is {folder}."
+                )
+            if choice["chosen"] is not None:
+                print(f"Chosen: {choice['sentence']} It is in {folder}.")
+            elif self.args.recipe is None:
+                print(
+                    "Choose one: the same command with --max-drop 1%, --target-latency 20ms or --choose NAME puts it into "
+                    f"{folder}, and trains nothing again."
+                )
 
     def _list_recipes(self) -> None:
         from optimum_flexcompress.recipes import list_recipes

@@ -64,6 +64,7 @@ def run_benchmark(
     dataset_name: str | None = None,
     progress: bool = True,
     interpreters: Mapping[str, str | os.PathLike] | None = None,
+    before: Mapping[str, str] | None = None,
 ) -> Report:
     """Measures models: metric, agreement with the baseline, size, MACs, latency, throughput, memory.
 
@@ -97,6 +98,7 @@ def run_benchmark(
         dataset_name: Its name in the report; None: the name of the file or folder.
         progress: Whether to show progress bars.
         interpreters: Lane -> interpreter of its environment: `{"ipex": ".venv-ipex/bin/python"}`.
+        before: Which model each was made from, by name, for a table of what every step gained and lost.
 
     Returns:
         The report; `str(report)` is the table.
@@ -140,6 +142,7 @@ def run_benchmark(
         for name, trace in words.items():
             results[name].words = trace
         for name, result in results.items():
+            result.before = (before or {}).get(name)
             if name != baseline:
                 result.comparison = compare_predictions(
                     task, prepared, EVALUATED, evaluations[baseline], evaluations[name]

@@ -48,6 +48,7 @@ def render_page(report: Report) -> str:
             latency=Markup(plots.latency_bars(report) or ""),
             sizes=Markup(plots.size_bars(report)),
             gains=report.length_rows(),
+            steps=report.step_rows(),
             kept=[Markup(picture) for picture in token_plots.kept_of_report(report)],
             pruned=[
                 (model.name, [{"wide": wide, "svg": Markup(picture)} for wide, picture in pictures])

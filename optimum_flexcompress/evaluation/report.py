@@ -75,6 +75,7 @@ class ModelResult:
     lengths: dict[str, Any] | None = None
     lane: str | None = None
     words: dict[str, Any] | None = None
+    before: str | None = None
 
 
 @dataclass
@@ -240,8 +241,34 @@ class Report:
             rows.append(row)
         return header, rows
 
+    def step_rows(self) -> tuple[list[str], list[list[str]]]:
+        """What every step gained and lost: each model against the one before it, both measured in the same rounds.
+
+        Shares are those of the model before that are left. Without known steps there are no rows.
+        """
+        names = {model.name for model in self.models}
+        pairs = [(model, self[model.before]) for model in self.models if model.before in names]
+        shapes, streams = self.shapes(), any(model.stream and other.stream for model, other in pairs)
+        header = ["model", "after", self.metric, "size", "MACs", *(f"{shape} faster" for shape in shapes)]
+        header += ["real lengths faster"] if streams else []
+        rows = []
+        for model, other in pairs:
+            value, earlier = (found.metrics.get(self.metric) for found in (model, other))
+            length = next((length for length in reversed(model.macs) if other.macs.get(length)), None)
+            row = [
+                model.name,
+                other.name,
+                format_change(None if value is None or earlier is None else value - earlier, self.unit),
+                format_share(model.size / other.size) if other.size else MISSING,
+                format_share(model.macs[length] / other.macs[length]) if length else MISSING,
+            ]
+            row += [format_speedup(_faster(model.latency.get(shape), other.latency.get(shape))) for shape in shapes]
+            row += [format_speedup(_faster(model.stream, other.stream))] if streams else []
+            rows.append(row)
+        return header, rows
+
     def length_rows(self) -> tuple[list[str], list[list[str]]]:
-        """The third table: what dropping tokens gains, each model against the closest one that keeps them all.
+        """The last table: what dropping tokens gains, each model against the closest one that keeps them all.
 
         That is the last one above it with the same runtime, precision and sizes. Without such pairs there are no rows.
         """
@@ -287,6 +314,10 @@ class Report:
             parts.append(
                 "Time for one batch (batch x tokens), median of interleaved rounds; speed-up over the baseline"
             )
+            parts.append(text_table(header, rows))
+        header, rows = self.step_rows()
+        if rows:
+            parts.append("Step by step: each model against the one that it was made from")
             parts.append(text_table(header, rows))
         header, rows = self.length_rows()
         if rows:

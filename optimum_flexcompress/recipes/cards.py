@@ -28,6 +28,7 @@ def write_cards(
     from ..data import is_hub_dataset
     from ..evaluation.report import Report
     from ..model_card import Measured, own_sections, write_model_card
+    from .stages.choice import CHOOSING
 
     reports = [folders[spec.name] for spec in recipe.stages if spec.stage.produces == "report"]
     report = Report.load(reports[-1]) if reports else None
@@ -36,27 +37,29 @@ def write_cards(
     for spec in recipe.stages:
         if not spec.stage.makes_model:
             continue
-        ancestors = _ancestors(recipe, spec)
+        ancestors = _ancestors(recipe, spec, folders)
         methods = [method for stage in ancestors for method in _methods_of(folders[stage.name])]
         if not methods and spec.stage.produces == "model":
             # Fine-tuned, and no more than that.
             continue
+        # A copy has the figures of what it is a copy of.
+        name = next((stage.name for stage in reversed(ancestors) if not isinstance(stage.stage, CHOOSING)), spec.name)
         write_model_card(
             folders[spec.name],
             methods=methods,
             base_model=model,
             lines=[*own_sections(folders[spec.name]), *_steps(recipe, ancestors)],
             name=names.get(spec.name, spec.name),
-            measured=Measured(report, spec.name, dataset_id) if spec.name in measured else None,
+            measured=Measured(report, name, dataset_id) if name in measured else None,
         )
 
 
-def _ancestors(recipe: Recipe, last: StageSpec) -> list[StageSpec]:
+def _ancestors(recipe: Recipe, last: StageSpec, folders: Mapping[str, Path]) -> list[StageSpec]:
     """The stages that a stage builds on, and itself, in the order of the recipe."""
     wanted = {last.name}
     for spec in reversed(recipe.stages):
         if spec.name in wanted:
-            wanted.update(spec.stage.inputs())
+            wanted.update(spec.stage.made_of(folders[spec.name]))
     return [spec for spec in recipe.stages if spec.name in wanted]
 
 

@@ -133,7 +133,7 @@ def check_model_and_data(task: Task, model: str, inputs: Inputs, settings: DataS
 
     processor = task.load_processor(model)
     trial = {name: split.select(range(min(_TRIAL, len(split)))) for name, split in inputs.data.items()}
-    with _no_progress_bars():
+    with no_progress_bars():
         prepared = task.prepare(
             type(inputs.data)(trial),
             processor,
@@ -147,7 +147,8 @@ def check_model_and_data(task: Task, model: str, inputs: Inputs, settings: DataS
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Keeps `datasets` from showing bars while the block runs."""
     import datasets
 
     enabled = datasets.is_progress_bar_enabled()

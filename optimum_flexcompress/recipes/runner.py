@@ -82,12 +82,7 @@ def run_recipe(
     from ..tasks import get_task
 
     workspace = Workspace(output)
-    previous = workspace.read_run()
-    if previous and previous["recipe"]["name"] != recipe.name and not overwrite:
-        raise FlexCompressError(
-            f"{workspace.path} holds a run of the recipe {previous['recipe']['name']}: choose another output folder, "
-            f"or add --overwrite to replace it."
-        )
+    previous = workspace.read_run() if overwrite else workspace.read_run_of(recipe.name)
     the_task = get_task(task)
     inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say, held_out=recipe.held_out)
     models = {INPUT: check_model_and_data(the_task, model, inputs, recipe.data)}

@@ -10,7 +10,8 @@ stages:
 ```
 
 A stage is called after its type; two of one type are told apart with `type:`. It reads the folders of the stages that
-its settings name, and those must stand above it; `input` is the model that the user gave.
+its settings name, and those must stand above it; `input` is the model that the user gave. With `skip: true` a stage is
+left out: stages below that read its model read the one that it would have changed, and lists leave it out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 from ..errors import FlexCompressError, nearest
 from .document import Document, dotted, parse_document, parse_value
 from .settings import build_settings
+from .stacking import check_stacking
 from .stages import INPUT, DataSettings, Stage, StageSpec, stage_class
 
 
@@ -43,6 +45,7 @@ class Recipe:
         seed: Seeds every stage.
         data: How much of the data is used.
         stages: In the order in which they run.
+        plan: Where a planner has made it: what it went by, see [`Plan`].
     """
 
     name: str
@@ -50,6 +53,7 @@ class Recipe:
     seed: int
     data: DataSettings
     stages: list[StageSpec]
+    plan: dict[str, Any] | None = None
 
     @property
     def held_out(self) -> int:
@@ -78,6 +82,7 @@ class Recipe:
             "seed": self.seed,
             "data": dataclasses.asdict(self.data),
             "stages": {spec.name: {"type": spec.type, **spec.resolved} for spec in self.stages},
+            **({} if self.plan is None else {"plan": self.plan}),
         }
 
 
@@ -157,8 +162,20 @@ def _build(document: Document, name: str) -> Recipe:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise FlexCompressError(f"{document.place(('seed',))}: seed must be a whole number from 0 to 2**32 - 1.")
     specs: list[StageSpec] = []
+    skipped: dict[str, str | None] = {}
     for stage_name, settings in values["stages"].items():
-        specs.append(_build_stage(stage_name, settings, document, {spec.name: spec.stage for spec in specs}))
+        spec, skip = _build_stage(stage_name, settings, document, {spec.name: spec.stage for spec in specs}, skipped)
+        if skip:
+            skipped[stage_name] = spec.stage.source()
+        else:
+            specs.append(spec)
+    if not specs:
+        raise FlexCompressError(f"{document.source} skips all of its stages: there is nothing to run.")
+    for spec in specs:
+        try:
+            check_stacking(spec, {other.name: other for other in specs})
+        except FlexCompressError as error:
+            raise FlexCompressError(f"{document.place(('stages', spec.name))}: {error}") from error
     return Recipe(
         name=name,
         description=" ".join(str(values.get("description", "")).split()),
@@ -168,7 +185,10 @@ def _build(document: Document, name: str) -> Recipe:
     )
 
 
-def _build_stage(name: str, settings: Any, document: Document, above: dict[str, Stage]) -> StageSpec:
+def _build_stage(
+    name: str, settings: Any, document: Document, above: dict[str, Stage], skipped: dict[str, str | None]
+) -> tuple[StageSpec, bool]:
+    """The stage, and whether it is skipped."""
     path = ("stages", name)
     place = document.place(path)
     if not _STAGE_NAME.fullmatch(name) or name == INPUT:
@@ -180,25 +200,53 @@ def _build_stage(name: str, settings: Any, document: Document, above: dict[str, 
     if not isinstance(settings, dict):
         raise FlexCompressError(f"{place}: {dotted(path)} must be a group of settings.")
     settings = dict(settings)
+    skip = settings.pop("skip", False)
+    if not isinstance(skip, bool):
+        raise FlexCompressError(
+            f"{document.place((*path, 'skip'))}: {dotted((*path, 'skip'))} must be true or false, not {skip!r}."
+        )
     type_name = settings.pop("type", name)
     try:
         cls = stage_class(str(type_name))
     except FlexCompressError as error:
         raise FlexCompressError(f"{document.place((*path, 'type'))}: {error}") from error
-    stage = cls(build_settings(cls.Settings, settings, path, document))
+    stage = _without_skipped(cls(build_settings(cls.Settings, settings, path, document)), skipped)
     for needed in stage.inputs():
-        if needed != INPUT and needed not in above:
+        if needed in skipped and not skip:
+            raise FlexCompressError(
+                f"{document.place(path)}: {dotted(path)} reads {needed}, which is skipped and stands for no model: add "
+                f"skip: true to {name} too."
+            )
+        if needed != INPUT and needed not in above and needed not in skipped:
             setting = next((key for key, value in settings.items() if needed == value or needed in _listed(value)), "")
             raise FlexCompressError(
                 f'{document.place((*path, setting))}: {dotted(path)} reads "{needed}", which is no stage above it.{nearest(needed, [INPUT, *above])}'
             )
     try:
-        stage.check_sources(above)
+        if not skip:
+            stage.check_sources(above)
     except FlexCompressError as error:
         # Such a message starts with the name of the setting it is about.
         setting = str(error).partition(" ")[0]
         raise FlexCompressError(f"{document.place((*path, setting))}: {dotted(path)}: {error}") from error
-    return StageSpec(name=name, type=str(type_name), stage=stage, resolved=dataclasses.asdict(stage.settings))
+    spec = StageSpec(name=name, type=str(type_name), stage=stage, resolved=dataclasses.asdict(stage.settings))
+    return spec, skip
+
+
+def _without_skipped(stage: Stage, skipped: dict[str, str | None]) -> Stage:
+    """The stage with other stages in the place of those that are skipped."""
+    wanted = {name for name in stage.inputs() if name in skipped}
+    if not wanted:
+        return stage
+    changes: dict[str, Any] = {}
+    for setting in dataclasses.fields(stage.settings):
+        value = getattr(stage.settings, setting.name)
+        if isinstance(value, str) and value in wanted:
+            # Where no model stands in, such as for the lengths of a pick, it is as if nothing had been set.
+            changes[setting.name] = setting.default if skipped[value] is None else skipped[value]
+        elif isinstance(value, list) and wanted.intersection(item for item in value if isinstance(item, str)):
+            changes[setting.name] = [item for item in value if item not in wanted]
+    return type(stage)(dataclasses.replace(stage.settings, **changes))
 
 
 def _listed(value: Any) -> list[Any]:

@@ -136,6 +136,20 @@ class Workspace:
             )
         return run
 
+    def read_run_of(self, recipe: str) -> dict[str, Any]:
+        """The same, and an error where it was another recipe's.
+
+        Raises:
+            FlexCompressError: See above.
+        """
+        run = self.read_run()
+        if run and run["recipe"]["name"] != recipe:
+            raise FlexCompressError(
+                f"{self.path} holds a run of the recipe {run['recipe']['name']}: choose another output folder, or add "
+                "--overwrite to replace it."
+            )
+        return run
+
     def write_run(self, run: dict[str, Any]) -> None:
         """Writes `run.json`."""
         text = json.dumps({"format": _FORMAT, **run}, indent=2, ensure_ascii=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .assembly_search import search_assemblies
-    from .front import Front, Point
+    from .front import Front, Point, read_share, relative_loss
     from .held_out import hold_out
     from .length_search import search_lengths
 
@@ -19,11 +19,13 @@ _WHERE = {
     "Front": "front",
     "Point": "front",
     "hold_out": "held_out",
+    "read_share": "front",
+    "relative_loss": "front",
     "search_assemblies": "assembly_search",
     "search_lengths": "length_search",
 }
 
-__all__ = ["Front", "Point", "hold_out", "search_assemblies", "search_lengths"]
+__all__ = ["Front", "Point", "hold_out", "read_share", "relative_loss", "search_assemblies", "search_lengths"]
 
 
 def __getattr__(name: str):

@@ -82,12 +82,7 @@ class Front:
 
     def drop(self, point: Point) -> float:
         """How much of the full model's metric a point loses, relative to it; negative where it gains."""
-        change = self.full.metric - point.metric
-        if not self.greater_is_better:
-            change = -change
-        if change == 0:
-            return 0.0
-        return change / abs(self.full.metric) if self.full.metric else math.copysign(math.inf, change)
+        return relative_loss(point.metric, self.full.metric, self.greater_is_better)
 
     def pick(
         self,
@@ -321,6 +316,14 @@ def dominated_area(points: Sequence[tuple[float, float]], worst: tuple[float, fl
             area += (worst_cost - cost) * (quality - floor)
             floor = quality
     return area
+
+
+def relative_loss(value: float, baseline: float, greater_is_better: bool) -> float:
+    """Which share of a baseline's metric is lost; negative where there is a gain."""
+    change = baseline - value if greater_is_better else value - baseline
+    if change == 0:
+        return 0.0
+    return change / abs(baseline) if baseline else math.copysign(math.inf, change)
 
 
 def read_share(name: str, value: float | str, least: float) -> float:

@@ -85,7 +85,7 @@ def test_compress_says_which_argument_is_missing(missing):
     ],
 )
 def test_compress_errors_are_one_sentence(tmp_path, monkeypatch, capsys, change, message):
-    (tmp_path / "train.csv").write_text("text,label\na,b\nc,d\n")
+    (tmp_path / "train.csv").write_text("text,label\n" + "a,b\nc,d\n" * 6)
     options = {
         "--model": "./model",
         "--dataset": "./train.csv",

@@ -34,7 +34,8 @@ def compress(client, tmp_path_factory, model_folder, data_folder):  # noqa: F811
     shutil.copytree(model_folder, model)
     (model / "README.md").write_text("---\nlicense: mit\nbase_model: bob/pretrained\n---\n\n# Fine-tuned\n")
     settings = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
-    arguments = ["-m", model, "--dataset", data_folder, "--task", "text-classification", "-o", root / "out", *settings]
+    arguments = ["-m", model, "--dataset", data_folder, "--task", "text-classification", "-o", root / "out"]
+    arguments += ["--recipe", "distil-int8", *settings]
 
     def compress(*more, **options):
         return client.cli("compress", *arguments, *more, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import INPUT, DataSettings, Stage, StageContext, StageSpec, register_stage, stage_class
+from .choice import Choose, Keep
 from .deployment import Benchmark, Export, Quantize
 from .distillation import Distill
 from .lengths import LengthAdaptive, Pick, Search
@@ -15,10 +16,12 @@ __all__ = [
     "INPUT",
     "Assemble",
     "Benchmark",
+    "Choose",
     "DataSettings",
     "Distill",
     "Export",
     "FineTune",
+    "Keep",
     "LengthAdaptive",
     "Modular",
     "Pick",

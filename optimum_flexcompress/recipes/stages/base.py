@@ -128,6 +128,14 @@ class Stage:
         """Names of the stages (or `input`) whose folders this stage reads."""
         raise NotImplementedError
 
+    def source(self) -> str | None:
+        """The stage whose model this one changes, which stands in for it where it is skipped; None: it makes none."""
+        return self.inputs()[0] if self.makes_model else None
+
+    def made_of(self, folder: Path) -> list[str]:
+        """Names of the stages that what it has left in `folder` comes from; not all of `inputs` where it chooses."""
+        return self.inputs()
+
     def describe(self) -> str:
         """What the stage does, for the line that announces it."""
         raise NotImplementedError

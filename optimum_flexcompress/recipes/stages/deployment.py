@@ -36,13 +36,8 @@ class ExportSettings:
     fuse: bool = True
 
 
-@register_stage("export")
-class Export(Stage):
-    """Writes the model as ONNX."""
-
-    Settings = ExportSettings
-    settings: ExportSettings
-    produces = "ONNX fp32"
+class _WithLengths(Stage):
+    """What the stages share that write a graph: its lengths are part of it."""
 
     def inputs(self) -> list[str]:
         """See the base class."""
@@ -54,12 +49,6 @@ class Export(Stage):
         lengths = self.settings.lengths
         return lengths if isinstance(lengths, str) and lengths != FULL else None
 
-    def describe(self) -> str:
-        """See the base class."""
-        lengths = self.settings.lengths
-        shown = f", lengths {lengths}" if lengths is not None else ""
-        return f"exporting {self.settings.model} to ONNX{shown}"
-
     def check_sources(self, stages: Mapping[str, Stage]) -> None:
         """See the base class."""
         if self._pick is not None and not isinstance(stages.get(self._pick), Pick):
@@ -67,18 +56,42 @@ class Export(Stage):
                 f'lengths names "{self._pick}", which is no stage of the type pick: name one, give a list, or "{FULL}".'
             )
 
-    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
-        """Looks whether there is going to be a model to export, and at its lengths."""
+    def _check_lengths(self, model: PreTrainedModel) -> None:
         from ...architectures import describe
         from ...token_dropping import LengthConfig, check_lengths, dropping_stack
 
-        model = model_of(models, self.settings.model)
         if self._pick is not None:
             dropping_stack(describe(model))
         elif self.settings.lengths is not None:
             lengths = LengthConfig.parse(self.settings.lengths)
             if lengths is not None:
                 check_lengths(model, lengths)
+
+    def _lengths(self, context: StageContext) -> Any:
+        from ...search import Front
+
+        if self._pick is None:
+            return self.settings.lengths
+        return Front.load(context.artifact(self._pick)).picked.lengths
+
+
+@register_stage("export")
+class Export(_WithLengths):
+    """Writes the model as ONNX."""
+
+    Settings = ExportSettings
+    settings: ExportSettings
+    produces = "ONNX fp32"
+
+    def describe(self) -> str:
+        """See the base class."""
+        lengths = self.settings.lengths
+        shown = f", lengths {lengths}" if lengths is not None else ""
+        return f"exporting {self.settings.model} to ONNX{shown}"
+
+    def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
+        """Looks whether there is going to be a model to export, and at its lengths."""
+        self._check_lengths(model_of(models, self.settings.model))
 
     def run(self, context: StageContext) -> dict[str, Any]:
         """See the base class."""
@@ -95,13 +108,6 @@ class Export(Stage):
         )
         return {}
 
-    def _lengths(self, context: StageContext) -> Any:
-        from ...search import Front
-
-        if self._pick is None:
-            return self.settings.lengths
-        return Front.load(context.artifact(self._pick)).picked.lengths
-
 
 @dataclass
 class QuantizeSettings:
@@ -109,6 +115,7 @@ class QuantizeSettings:
 
     Attributes:
         model: The stage (or `input`) whose ONNX files, or whose model, become int8.
+        lengths: As in the stage `export`; not with ONNX files, which have theirs already.
         mode: "dynamic" measures activations as they come, "static" calibrates them on training examples beforehand.
         target: Processor to quantize for, or "auto" for this machine's.
         per_channel: One scale per output feature of a weight, rather than one for all.
@@ -117,6 +124,7 @@ class QuantizeSettings:
     """
 
     model: str = "export"
+    lengths: str | list[Any] | None = None
     mode: Literal["dynamic", "static"] = "dynamic"
     target: str = "auto"
     per_channel: bool = True
@@ -129,25 +137,25 @@ class QuantizeSettings:
 
 
 @register_stage("quantize")
-class Quantize(Stage):
+class Quantize(_WithLengths):
     """Makes the model int8 for ONNX Runtime."""
 
     Settings = QuantizeSettings
     settings: QuantizeSettings
     produces = "ONNX int8"
 
-    def inputs(self) -> list[str]:
-        """See the base class."""
-        return [self.settings.model]
-
     def describe(self) -> str:
         """See the base class."""
-        return f"making {self.settings.model} int8 ({self.settings.mode})"
+        lengths = self.settings.lengths
+        shown = f", lengths {lengths}" if lengths is not None else ""
+        return f"making {self.settings.model} int8 ({self.settings.mode}{shown})"
 
     def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
-        """Looks at the target and the options."""
+        """Looks at the target, the options and the lengths."""
         from ...quantization import FlexORTQuantizer
 
+        if self.settings.lengths is not None:
+            self._check_lengths(model_of(models, self.settings.model))
         FlexORTQuantizer.read_config(None, self._options())
 
     def run(self, context: StageContext) -> dict[str, Any]:
@@ -162,6 +170,7 @@ class Quantize(Stage):
             num_calibration_samples=self.settings.calibration_samples,
             task=context.task.name,
             progress=True,
+            length_config=self._lengths(context),
             **self._options(),
         )
         for line in quantized.summary().splitlines():
@@ -238,9 +247,15 @@ class Benchmark(Stage):
     makes_model = False
     entry_point = "report.html"
 
+    _above: Mapping[str, Stage] = {}
+
     def inputs(self) -> list[str]:
         """See the base class."""
         return list(dict.fromkeys([self.settings.baseline, *self.settings.models]))
+
+    def check_sources(self, stages: Mapping[str, Stage]) -> None:
+        """Remembers the stages above, which say what each model was made from."""
+        self._above = dict(stages)
 
     def describe(self) -> str:
         """See the base class."""
@@ -274,6 +289,7 @@ class Benchmark(Stage):
             threads=settings.threads,
             memory=settings.memory,
             dataset_name=Path(context.dataset).name,
+            before=self._before(context),
         )
         context.say(str(report))
         return {
@@ -282,7 +298,46 @@ class Benchmark(Stage):
             if report.metric in model.metrics
         }
 
+    def _before(self, context: StageContext) -> dict[str, str]:
+        """For each model the measured one that it is to be compared with, step by step.
+
+        That is one made ready in the same way: of the same training with other lengths, else of the nearest training
+        before it; where there is none, the nearest measured model that it was made from.
+        """
+        measured = self.inputs()
+        made = {name: self._made_of(context, name) for name in self._above}
+        trained = {name: self._trained(name, made) for name in measured}
+        found = {}
+        for position, name in enumerate(measured):
+            (origin, form), above = trained[name], measured[:position]
+            ancestors = [] if origin is None else _nearest_first(origin, made)
+            # Nothing but lengths tells two graphs of one training apart.
+            alike = [other for stage in ancestors for other in reversed(above) if trained[other] == (stage, form)]
+            nearest = [other for other in _nearest_first(name, made)[1:] if other in measured]
+            before = next(iter(alike or nearest), None)
+            if before is not None:
+                found[name] = before
+        return found
+
+    def _made_of(self, context: StageContext, name: str) -> list[str]:
+        return self._above[name].made_of(Path(context.artifact(name)))
+
+    def _trained(self, name: str, made: Mapping[str, list[str]]) -> tuple[str | None, tuple[type, ...]]:
+        """The stage that made a PyTorch model, and through which types of stages it went from there."""
+        form: tuple[type, ...] = ()
+        while isinstance(self._above.get(name), _WithLengths):
+            form, name = (type(self._above[name]), *form), made[name][0]
+        return name, form
+
     def _longest_input(self, context: StageContext) -> int:
         processor = context.task.load_processor(context.artifact(self.settings.baseline))
         # Image processors have no such limit, and their inputs one size.
         return min(context.max_length, getattr(processor, "model_max_length", context.max_length))
+
+
+def _nearest_first(name: str, made: Mapping[str, list[str]]) -> list[str]:
+    """A stage and what it was made of, and so on, by distance."""
+    found = [name]
+    for stage in found:
+        found += [source for source in made.get(stage, []) if source not in found]
+    return found

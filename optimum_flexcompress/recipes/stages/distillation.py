@@ -63,7 +63,7 @@ class Distill(TrainingStage):
     def inputs(self) -> list[str]:
         """See the base class."""
         start = self.settings.model or self.settings.teacher
-        return list(dict.fromkeys([self.settings.teacher, start]))
+        return list(dict.fromkeys([start, self.settings.teacher]))
 
     def describe(self) -> str:
         """See the base class."""
@@ -89,10 +89,12 @@ class Distill(TrainingStage):
         if settings.head:
             # The teacher's label ids are the ones that count.
             prepared = context.prepare(processor, model=load_config(teacher_source))
-            teacher = context.task.load_model(teacher_source)
+            teacher = self.load_for_training(context, teacher_source)
             start = teacher
             if start_source != teacher_source:
-                start = context.task.load_model(start_source, ignore_mismatched_sizes=True, **prepared.model_kwargs)
+                start = self.load_for_training(
+                    context, start_source, ignore_mismatched_sizes=True, **prepared.model_kwargs
+                )
         else:
             prepared = self._without_labels(context, processor)
             teacher, start = load_body(teacher_source), load_body(start_source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,9 @@ from .training import TrainingSettings, TrainingStage, check_methods, compressio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ...search import Front
+    from ...search.held_out import HeldOut
 
 METHOD = "length_adaptive"
 # Below the scratch folder, so that an interrupted search goes on.
@@ -83,7 +86,7 @@ class LengthAdaptive(TrainingStage):
         prepared = context.prepare(processor, model=load_config(source))
         return self.train(
             context,
-            context.task.load_model(source),
+            self.load_for_training(context, source),
             processor,
             prepared,
             teacher_model=context.task.load_model(context.artifact(settings.teacher)) if settings.teacher else None,
@@ -216,16 +219,23 @@ class PickSettings:
         max_cost: What it may cost at most, relative to the full model: 0.5, or "50%". Without `max_drop`, the best one
             within that is chosen.
         max_latency: What it may cost at most in milliseconds a batch, where latency was searched.
+        baseline: A stage whose model `max_drop` is measured against, on the same examples, rather than the searched
+            model with all its tokens.
+        best_effort: Take the configuration that loses least where none keeps the limits, rather than fail.
     """
 
     front: str = "search"
     max_drop: float | str | None = None
     max_cost: float | str | None = None
     max_latency: float | None = None
+    baseline: str | None = None
+    best_effort: bool = False
 
     def __post_init__(self):
         if self.max_drop is None and self.max_cost is None and self.max_latency is None:
             self.max_drop = 0.01
+        if self.baseline is not None and self.max_drop is None:
+            raise FlexCompressError("baseline is what max_drop is measured against: give that too.")
 
 
 @register_stage("pick")
@@ -240,7 +250,7 @@ class Pick(Stage):
 
     def inputs(self) -> list[str]:
         """See the base class."""
-        return [self.settings.front]
+        return [self.settings.front, *([self.settings.baseline] if self.settings.baseline else [])]
 
     def describe(self) -> str:
         """See the base class."""
@@ -269,10 +279,68 @@ class Pick(Stage):
 
         settings = self.settings
         front = Front.load(context.artifact(settings.front))
-        point = front.pick(settings.max_drop, max_cost=settings.max_cost, max_latency=settings.max_latency)
+        max_drop = settings.max_drop
+        if settings.baseline is not None:
+            max_drop = self._drop_of_front(context, front)
+        try:
+            if max_drop is not None and settings.baseline is not None and max_drop < 0:
+                raise FlexCompressError(
+                    f"With all its tokens the searched model loses {settings.max_drop} of what {settings.baseline} "
+                    "scores, and more: ask for a larger drop, or train it longer."
+                )
+            point = front.pick(max_drop, max_cost=settings.max_cost, max_latency=settings.max_latency)
+        except FlexCompressError as error:
+            if not settings.best_effort:
+                raise
+            smaller = [point for point in front.points if point.cost < front.full.cost]
+            point = front.picked = min(smaller or [front.full], key=front.drop)
+            context.say(f"{context.name}: {error} Going on with that which loses least.")
         front.save(context.output)
         draw_front(front, context.output)
         context.say(
             f"{context.name}: {front.name(point)} of {front.max_length} tokens, {point.relative_cost:.3f} of the cost"
         )
         return {"lengths": point.candidate, "cost": point.relative_cost, front.metric: point.metric}
+
+    def _drop_of_front(self, context: StageContext, front: Front) -> float:
+        """`max_drop` as a share of what the searched model scores with all its tokens."""
+        from ...search import read_share
+
+        (dense,), held_out = score_held_out(context, [self.settings.baseline], front.metric)
+        sign = 1 if held_out.greater_is_better else -1
+        worst = dense - sign * read_share("max_drop", self.settings.max_drop, 0.0) * abs(dense)
+        context.say(f"{context.name}: {self.settings.baseline} scores {dense:.4g} on the same examples")
+        return min(sign * (front.full.metric - worst) / abs(front.full.metric), 1.0) if front.full.metric else 1.0
+
+
+def score_held_out(
+    context: StageContext, names: Sequence[str], metric: str | None = None
+) -> tuple[list[float], HeldOut]:
+    """What the models of some stages score on the examples that no stage trains on.
+
+    Args:
+        context: The stage's context.
+        names: The stages. Where a task has no labels, the vectors of the first stand in for them.
+        metric: One of the task's metrics; its main one by default.
+
+    Returns:
+        The metrics, and what they were measured on.
+    """
+    from datasets import DatasetDict
+
+    from ...evaluation import open_artifact
+    from ...search.held_out import open_held_out
+
+    artifacts = [open_artifact(context.artifact(name), context.task) for name in names]
+    held_out = open_held_out(
+        DatasetDict({"validation": context.held_out}),
+        context.task,
+        artifacts[0].load_processor(),
+        artifacts[0].config,
+        samples=None,
+        columns=context.data_settings.columns,
+        max_length=context.max_length,
+        metric=metric,
+    )
+    held_out.compare_with(artifacts[0])
+    return [held_out.score(artifact) for artifact in artifacts], held_out

@@ -90,7 +90,7 @@ class Modular(TrainingStage):
         source = context.artifact(self.settings.model)
         processor = context.task.load_processor(source)
         prepared = context.prepare(processor, model=load_config(source))
-        model = context.task.load_model(source)
+        model = self.load_for_training(context, source)
         config = self.settings.config()
         metrics = self.train(
             context, model, processor, prepared, compression_config=FlexCompressConfig(methods=[config])

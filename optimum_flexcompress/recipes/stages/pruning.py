@@ -136,7 +136,7 @@ class Prune(TrainingStage):
         prepared = context.prepare(processor, model=load_config(source))
         metrics = self.train(
             context,
-            context.task.load_model(source),
+            self.load_for_training(context, source),
             processor,
             prepared,
             teacher_model=context.task.load_model(context.artifact(self._teacher)) if self._teacher else None,

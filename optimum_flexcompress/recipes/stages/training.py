@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _CHECKPOINTS_KEPT = 2
 # Trainer names that the stage itself decides.
 _RESERVED = ("output_dir", "seed", "data_seed", "resume_from_checkpoint", "overwrite_output_dir")
+# What configurations call the dropout on attention maps.
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # What `Trainer.evaluate` measures beside the task's metrics.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "loss")
 
@@ -44,6 +46,8 @@ class TrainingSettings:
         scheduler: Name of a Transformers learning rate schedule.
         group_by_length: Batches of similarly long examples, which saves the computation on padding.
         checkpoints: How many times, evenly spread, the state is saved so that an interrupted run can go on.
+        attention_dropout: Dropout on attention maps, in models that have a setting for it; the model's own where left
+            out. With 0 PyTorch can use its faster kernel on CPUs, which tells where inputs are long.
         arguments: Any other field of `TrainingArguments`.
     """
 
@@ -58,6 +62,7 @@ class TrainingSettings:
     scheduler: str = "linear"
     group_by_length: bool = True
     checkpoints: int = 10
+    attention_dropout: float | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -69,6 +74,8 @@ class TrainingSettings:
                 raise FlexCompressError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.max_steps is not None and self.max_steps < 1:
             raise FlexCompressError(f"max_steps must be at least 1, not {self.max_steps}.")
+        if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
+            raise FlexCompressError(f"attention_dropout must be at least 0 and below 1, not {self.attention_dropout}.")
         if not 0 <= self.warmup_ratio <= 1:
             raise FlexCompressError(f"warmup_ratio must be between 0 and 1, not {self.warmup_ratio}.")
 
@@ -127,6 +134,14 @@ class TrainingStage(Stage):
         arguments = TrainingArguments(output_dir="unused", report_to="none")
         context = PrepareContext(model, teacher, arguments, config.methods)
         MethodRunner(config, teacher).validate(context, None, None)
+
+    def load_for_training(self, context: StageContext, source: str | Path, **options: Any) -> PreTrainedModel:
+        """The model of a folder, with the dropout that the settings ask for."""
+        dropout = self.settings.attention_dropout
+        if dropout is not None:
+            config = load_config(source)
+            options |= {name: dropout for name in ATTENTION_DROPOUT if hasattr(config, name)}
+        return context.task.load_model(source, **options)
 
     def train(
         self,
@@ -216,6 +231,9 @@ class TrainingStage(Stage):
             "dataloader_pin_memory": torch.cuda.is_available(),
             **settings.arguments,
         }
+        if settings.arguments.get("bf16") and not torch.accelerator.is_available():
+            # Else Transformers takes bf16 to be wanted of a GPU that is not there.
+            chosen.setdefault("use_cpu", True)
         if prepared.generation:
             chosen.setdefault("predict_with_generate", True)
         cls = Seq2SeqTrainingArguments if prepared.generation else TrainingArguments
@@ -261,7 +279,7 @@ class FineTune(TrainingStage):
             return {"skipped": True}
         prepared = context.prepare(processor)
         # The head that came with the model may be for other labels; it is replaced then.
-        model = context.task.load_model(source, ignore_mismatched_sizes=True, **prepared.model_kwargs)
+        model = self.load_for_training(context, source, ignore_mismatched_sizes=True, **prepared.model_kwargs)
         return self.train(context, model, processor, prepared)
 
     def _prepared_for_trained_head(self, context: StageContext, source: Any, processor: Any) -> Prepared | None:

@@ -1,0 +1,394 @@
+"""Plans which methods to stack for a budget: the recipe `full`, with the steps left out that do not pay.
+
+The rules are those of `RULES`, each with the benchmark of this project that it rests on (scripts under
+examples/benchmarks, which write the JSON files below examples/benchmarks/results). A plan is nothing but settings of
+the recipe `full`: `compress --recipe full --set ...` with what `--dry-run` prints does the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FlexCompressError
+from ..evaluation.environment import BUSY
+from .budget import Budget
+from .forecast import Facts, look
+from .inputs import check_model_and_data, open_data
+from .schema import Recipe, load_recipe
+from .stages import INPUT
+from .workspace import Workspace
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "plan"
+RECIPE = "full"
+_LAYERS = ("modular", "half", "distill", "depth")
+_INT8 = {"layers": ("int8-distill",), "width": ("int8-prune",), "tokens": ("int8-adapt", "int8")}
+_STAGES = {
+    "layers": (*_LAYERS, *_INT8["layers"]),
+    "width": ("prune", "width", *_INT8["width"]),
+    "tokens": ("adapt", "search", "pick", *_INT8["tokens"]),
+}
+# Their learning rates, as multiples of that of fine-tuning.
+_TRAINING = {"finetune": 1.0, "modular": 2.0, "distill": 1.0, "prune": 1.0, "adapt": 0.5}
+
+FEWEST_LAYERS = 4
+LONG_INPUT = 64
+SMALL_WIDTH = 512
+MASK_STEPS = 1000
+MUCH_FASTER = 4.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of the planner.
+
+    Attributes:
+        name: In a word.
+        when: When it applies.
+        then: What the plan does then.
+        evidence: The results that it rests on, below examples/benchmarks/results.
+    """
+
+    name: str
+    when: str
+    then: str
+    evidence: tuple[str, ...]
+
+
+RULES = (
+    Rule(
+        "int8",
+        "always",
+        "the last step; int8 of the fine-tuned model is measured before anything is trained, and is always a choice",
+        ("ort_int8.json",),
+    ),
+    Rule(
+        "enough",
+        "int8 alone takes no longer than the target latency",
+        "nothing is compressed any further",
+        ("ort_int8.json",),
+    ),
+    Rule(
+        "layers",
+        f"every stack has {FEWEST_LAYERS} layers or more (an even number in encoder-decoders), the task has labels, and "
+        "the model is no decoder",
+        "half of the layers: an encoder by MiniLM and logits, an encoder-decoder by modules",
+        ("quickstart.json", "modular_multi30k.json"),
+    ),
+    Rule(
+        "width",
+        "the task has labels",
+        "VIB pruning of half of what is left of the layers; of 70 % for a target more than "
+        f"{MUCH_FASTER:g} times as fast as int8 alone; of 30 % in decoders",
+        ("vib_text.json", "vib_lm.json"),
+    ),
+    Rule(
+        "tokens",
+        f"the model is an encoder, the task has labels, and half of the inputs have {LONG_INPUT} tokens or more",
+        "length-adaptive training, and a search of lengths",
+        ("length_imdb.json", "quala_squad.json"),
+    ),
+    Rule(
+        "worth it",
+        "there is a largest loss, and more than one step",
+        "what is trained next goes on without a step that loses more than that on held-out examples",
+        ("full_stack.json",),
+    ),
+    Rule(
+        "training",
+        "always",
+        f"learning rate 2e-4 up to {SMALL_WIDTH} dims and 5e-5 beyond, masks for {MASK_STEPS:,} steps or more, no "
+        "dropout on attention maps, bfloat16 where the processor computes in it",
+        ("quickstart.json", "vib_text.json"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a rule comes to.
+
+    Attributes:
+        rule: Its name.
+        applies: Whether it does.
+        why: In a few words.
+        overrides: Settings of the recipe, as `key=value`.
+    """
+
+    rule: str
+    applies: bool
+    why: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass
+class Plan:
+    """A plan.
+
+    Attributes:
+        decisions: One for each rule, in their order.
+        facts: What it went by.
+    """
+
+    decisions: list[Decision]
+    facts: Facts
+
+    @property
+    def overrides(self) -> list[str]:
+        """All settings."""
+        return [override for decision in self.decisions for override in decision.overrides]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `run.json`."""
+        return {
+            "decisions": [dataclasses.asdict(decision) for decision in self.decisions],
+            "facts": dataclasses.asdict(self.facts),
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Plan:
+        """The plan that [`Plan.to_dict`] was called on."""
+        decisions = [
+            Decision(**{**decision, "overrides": tuple(decision["overrides"])}) for decision in content["decisions"]
+        ]
+        return cls(decisions, Facts(**content["facts"]))
+
+    def __str__(self) -> str:
+        """What was decided and why, a line for each rule."""
+        busy = (
+            f"\n  Other processes keep {self.facts.busy_cores:.1f} cores busy: latencies and times are not to be relied on."
+            if (self.facts.busy_cores or 0.0) > BUSY
+            else ""
+        )
+        evidence = {rule.name: ", ".join(rule.evidence) for rule in RULES}
+        return (
+            "\n".join(
+                f"  {'+' if decision.applies else '-'} {decision.rule:<9} {decision.why} [{evidence[decision.rule]}]"
+                for decision in self.decisions
+            )
+            + busy
+        )
+
+
+def decide(facts: Facts, budget: Budget, refused: Mapping[str, str] | None = None) -> Plan:
+    """Applies the rules.
+
+    Args:
+        facts: About the model, the data and this machine.
+        budget: What was asked for.
+        refused: Rules whose stages have said that they cannot work with the model, and what they said.
+    """
+    target = budget.target_latency
+    int8 = f"int8 alone takes {facts.int8_milliseconds:.3g} ms for {facts.shape} here"
+    enough = target is not None and facts.int8_milliseconds <= target
+    asked = "no latency is asked for" if target is None else f"{target:g} ms are asked for"
+    speedup = 1.0 if target is None else facts.int8_milliseconds / target
+    decisions = [
+        Decision("int8", True, f"always; {int8}"),
+        Decision("enough", enough, f"{int8}, {asked}"),
+    ]
+    steps = [_layers(facts), _width(facts, speedup), _tokens(facts)]
+    for position, step in enumerate(steps):
+        if step.rule in (refused or {}):
+            steps[position] = Decision(step.rule, False, refused[step.rule])
+        if enough:
+            steps[position] = Decision(step.rule, False, "int8 alone is enough")
+        if not steps[position].applies:
+            skips = tuple(f"stages.{stage}.skip=true" for stage in _STAGES[step.rule])
+            steps[position] = dataclasses.replace(steps[position], overrides=skips)
+    taken = [step.rule for step in steps if step.applies]
+    return Plan([*decisions, *steps, _worth_it(taken, budget), _training(facts, steps)], facts)
+
+
+def _layers(facts: Facts) -> Decision:
+    if not facts.labels:
+        return Decision("layers", False, f"{facts.task} has no labels to train on")
+    if facts.kind == "decoder":
+        return Decision("layers", False, "the model is a decoder, of which there is no such benchmark")
+    if facts.layers < FEWEST_LAYERS or (facts.kind == "encoder-decoder" and not facts.even):
+        return Decision("layers", False, f"the model has {facts.layers} layers")
+    if facts.kind == "encoder":
+        settings = ("modular.skip=true", "half.skip=true", "distill.layers=0.5")
+        why = f"MiniLM and logits, into half of {facts.layers} layers"
+    else:
+        settings = ("distill.skip=true",)
+        why = f"modules, for half of {facts.layers} layers in each stack"
+    return Decision("layers", True, why, tuple(f"stages.{setting}" for setting in settings))
+
+
+def _width(facts: Facts, speedup: float) -> Decision:
+    if not facts.labels:
+        return Decision("width", False, f"{facts.task} has no labels to train on")
+    sparsity = 0.3 if facts.kind == "decoder" else 0.7 if speedup > MUCH_FASTER else 0.5
+    steps = max(4 * facts.steps_per_epoch, MASK_STEPS)
+    return Decision(
+        "width",
+        True,
+        f"VIB pruning of {100 * sparsity:g} % of what is left of the layers, in {steps:,} steps",
+        # Epochs, which are what users set to train longer.
+        (f"stages.prune.target_sparsity={sparsity}", f"stages.prune.epochs={round(steps / facts.steps_per_epoch, 2)}"),
+    )
+
+
+def _tokens(facts: Facts) -> Decision:
+    if facts.kind != "encoder" or not facts.labels:
+        return Decision("tokens", False, f"for encoders with labels, not for {facts.task} by the {facts.kind}")
+    if facts.tokens is None or facts.tokens < LONG_INPUT:
+        length = (
+            "inputs have one length" if facts.tokens is None else f"half of the inputs have {facts.tokens} or fewer"
+        )
+        return Decision("tokens", False, length)
+    settings = ("adapt.methods.length_adaptive.num_sandwich=1", "adapt.epochs=1", "search.trials=60")
+    return Decision(
+        "tokens",
+        True,
+        f"half of the inputs have {facts.tokens} tokens or more",
+        tuple(f"stages.{setting}" for setting in settings),
+    )
+
+
+def _worth_it(taken: Sequence[str], budget: Budget) -> Decision:
+    if budget.max_drop is None:
+        return Decision("worth it", False, "no largest loss is asked for: every step goes on from the one before")
+    gates = [(rule, stage) for rule, stage in (("layers", "depth"), ("width", "width")) if rule in taken]
+    # The last step has nothing after it that could go on without it.
+    gates = [(rule, stage) for rule, stage in gates if rule != taken[-1]]
+    if not gates:
+        return Decision("worth it", False, "there is no step after another")
+    return Decision(
+        "worth it",
+        True,
+        f"{' and '.join(rule for rule, _ in gates)} only where no more than {100 * budget.max_drop:.3g} % is lost",
+        tuple(
+            f"stages.{stage}.{setting}"
+            for _, stage in gates
+            for setting in ("skip=false", f"max_drop={budget.max_drop!r}")
+        ),
+    )
+
+
+def _training(facts: Facts, steps: Sequence[Decision]) -> Decision:
+    rate = 2e-4 if facts.width <= SMALL_WIDTH else 5e-5
+    skipped = {override for step in steps for override in step.overrides if override.endswith(".skip=true")}
+    settings = []
+    for stage, factor in _TRAINING.items():
+        if f"stages.{stage}.skip=true" not in skipped:
+            settings += [f"stages.{stage}.attention_dropout=0.0", f"stages.{stage}.learning_rate={factor * rate}"]
+            settings += [f"stages.{stage}.arguments={{bf16: true}}"] if facts.bf16 else []
+    # Each of these is what is served; what lies between them is PyTorch.
+    int8 = ["int8-dense", *(stage for step in steps if step.applies for stage in _INT8[step.rule])]
+    settings.append(f"stages.benchmark.models=[{', '.join(int8)}]")
+    return Decision(
+        "training",
+        True,
+        f"learning rate {rate:g} for {facts.width} dims, {'bfloat16' if facts.bf16 else 'single precision'}",
+        tuple(settings),
+    )
+
+
+def planned_recipe(plan: Plan, budget: Budget, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a plan.
+
+    Args:
+        plan: The plan.
+        budget: What was asked for, now: another budget chooses anew among what an earlier one has planned.
+        overrides: The user's own settings, which win.
+    """
+    recipe = load_recipe(RECIPE, [*plan.overrides, *budget.overrides, *overrides])
+    described = f"Planned: {', '.join(decision.rule for decision in plan.decisions if decision.applies)}."
+    return dataclasses.replace(recipe, name=NAME, description=described, plan=plan.to_dict())
+
+
+def make_plan(
+    model: str, dataset: str, task: str, budget: Budget, overrides: Sequence[str], say: Callable[[str], None]
+) -> Plan:
+    """Looks at model, data and machine, and applies the rules. Nothing is written.
+
+    Args:
+        model: Folder or Hub id.
+        dataset: Anything that [`load_data`] takes.
+        task: Name of a task.
+        budget: What was asked for.
+        overrides: The user's own settings.
+        say: Receives lines for the user.
+
+    Raises:
+        FlexCompressError: The model or the data cannot be opened, or do not fit.
+    """
+    recipe = load_recipe(RECIPE, overrides)
+    facts, skeleton = measure(recipe, model, dataset, task, say)
+    refused: dict[str, str] = {}
+    while True:
+        plan = decide(facts, budget, refused)
+        objection = _objection(planned_recipe(plan, budget, overrides), skeleton)
+        if objection is None:
+            return plan
+        stage, reason = objection
+        rule = next((rule for rule, stages in _STAGES.items() if stage in stages and rule not in refused), None)
+        if rule is None:
+            raise FlexCompressError(f"stages.{stage}: {reason}")
+        refused[rule] = reason
+
+
+def _objection(recipe: Recipe, skeleton: PreTrainedModel) -> tuple[str, str] | None:
+    """The first stage that says that it cannot run, and why."""
+    models = {INPUT: skeleton}
+    for spec in recipe.stages:
+        try:
+            models[spec.name] = spec.stage.check(models)
+        except FlexCompressError as error:
+            return spec.name, str(error)
+    return None
+
+
+def measure(
+    recipe: Recipe, model: str, dataset: str, task: str, say: Callable[[str], None]
+) -> tuple[Facts, PreTrainedModel]:
+    """The facts about a model, data and this machine, for a recipe, and the model without its weights."""
+    from ..tasks import get_task
+
+    the_task = get_task(task)
+    inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say, held_out=recipe.held_out)
+    skeleton = check_model_and_data(the_task, model, inputs, recipe.data)
+    say("measuring int8 and a few training steps of the model on this machine; nothing is kept of it")
+    return look(recipe, model, the_task, inputs, skeleton), skeleton
+
+
+def earlier_plan(output: str | Path, model: str, dataset: str, task: str) -> Plan | None:
+    """The plan of an earlier run in a folder, if it was one for the same model, data and task.
+
+    A run goes on by the plan that it was begun with: latencies measured anew might come out differently, and what is
+    trained is not trained again for another budget.
+
+    Raises:
+        FlexCompressError: The folder holds something else.
+    """
+    from ..tasks import get_task
+
+    run = Workspace(output).read_run_of(NAME)
+    plan = run.get("recipe", {}).get("plan")
+    same = (run.get("model"), run.get("dataset"), run.get("task")) == (str(model), str(dataset), get_task(task).name)
+    return Plan.from_dict(plan) if plan and same else None
+
+
+def time_table(recipe: Recipe, seconds: Mapping[str, float | None]) -> str:
+    """The stages of a recipe and what they are going to take."""
+    from ..evaluation.formatting import MISSING, text_table
+    from .runner import clock
+
+    rows = [
+        [spec.name, spec.stage.describe(), MISSING if seconds[spec.name] is None else clock(seconds[spec.name])]
+        for spec in recipe.stages
+    ]
+    # Only the last column is one of figures.
+    width = max(len(row[1]) for row in rows)
+    rows = [[name, does.ljust(width), time] for name, does, time in rows]
+    total = sum(value for value in seconds.values() if value is not None)
+    return text_table(["stage", "does".ljust(width), "time"], [*rows, ["", "about".rjust(width), clock(total)]])

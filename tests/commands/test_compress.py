@@ -1,0 +1,162 @@
+"""`compress` with a budget: plans, dry runs, choices, and budgets that cannot be met."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from optimum.commands.optimum_cli import main
+from optimum.onnxruntime import ORTModelForSequenceClassification
+
+from optimum_flexcompress.recipes.stages.deployment import Quantize
+from tests.recipes.conftest import data_folder, model_folder  # noqa: F401  fixtures
+from tests.recipes.test_full import TIMING
+
+
+STAGES = ("finetune", "distill", "depth", "prune", "int8-dense", "int8-distill", "int8-prune", "benchmark", "best")
+QUICK = [
+    "data.max_length=24",
+    *(f"stages.{stage}.{setting}" for stage in ("finetune", "distill") for setting in ("epochs=1", "batch_size=8")),
+    *(f"stages.prune.{setting}" for setting in ("max_steps=30", "mask_learning_rate=0.5", "align=1", "probe_samples=0")),
+    *(f"stages.{stage}.options={{fuse: false}}" for stage in ("int8-dense", "int8-distill", "int8-prune")),
+    *(f"stages.benchmark.{setting}" for setting in TIMING),
+]  # fmt: skip
+
+
+@pytest.fixture
+def compress(monkeypatch, capsys, model_folder, data_folder):  # noqa: F811
+    """Runs the command in this process, on a slice of Banking77; `settings` are those of `--set`."""
+
+    def compress(*arguments, settings=QUICK, task="text-classification"):
+        words = ["-m", model_folder, "--dataset", data_folder, "--task", task, *arguments]
+        words += [word for setting in settings for word in ("--set", setting)]
+        monkeypatch.setattr(sys, "argv", ["optimum-cli", "flexcompress", "compress", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            transformers.utils.logging.set_verbosity_warning()
+        printed = capsys.readouterr()
+        errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err, errors=errors)
+
+    return compress
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """Where the tests below run one after the other, each from what the one before has left."""
+    return tmp_path_factory.mktemp("budget") / "out"
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(compress, tmp_path, monkeypatch, data_folder):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    before = sorted(data_folder.iterdir())
+    done = compress("--max-drop", "1%", "--dry-run", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "+ layers    MiniLM and logits, into half of 4 layers [quickstart.json, modular_multi30k.json]" in done.out
+    assert "- tokens " in done.out and "This was a dry run: nothing was trained, and nothing was written." in done.out
+    table = done.out[done.out.index("\nstage  ") + 1 :].splitlines()
+    assert [line.split()[0] for line in table[2 : 2 + len(STAGES)]] == list(STAGES)
+    assert "about" in table[2 + len(STAGES)]
+    assert "The same by hand: --recipe full --set stages.modular.skip=true" in done.out
+    assert not list(tmp_path.iterdir()) and sorted(data_folder.iterdir()) == before
+
+
+def test_a_dry_run_of_a_recipe(compress, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = compress("--recipe", "distil-int8", "--dry-run", settings=["data.max_length=24"])
+    assert done.code == 0, done.err
+    assert "distilling finetune into a smaller model" in done.out and "Plan" not in done.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_it_goes_on_by_the_same_plan(compress, output, monkeypatch):
+    def interrupted(self, context):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Quantize, "run", interrupted)
+        done = compress("--max-drop", "99%", "-o", output)
+    assert done.code == 130 and "run the same command again to go on from there" in done.err
+    assert json.loads((output / "run.json").read_text())["recipe"]["name"] == "plan"
+    done = compress("--max-drop", "99%", "-o", output)
+    assert done.code == 0, done.err
+    assert "Going on by the plan of the earlier run" in done.out and "measuring int8" not in done.out
+    assert done.out.count("finished in an earlier run, skipped") == 4
+    assert "Chosen: int8-" in done.out
+
+
+def test_what_was_chosen_loads(output):
+    choice = json.loads((output / "best" / "choice.json").read_text())
+    assert choice["met"] and choice["lost"] <= 0.99
+    model = ORTModelForSequenceClassification.from_pretrained(output / "best")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output / "best")
+    assert model(**tokenizer(["where is my card"], return_tensors="pt")).logits.shape == (1, 4)
+
+
+def test_a_budget_that_cannot_be_met(compress, output):
+    done = compress("--target-latency", "0.0001ms", "-o", output)
+    assert done.code == 1
+    (line,) = done.errors
+    assert line.startswith("error: No model takes at most 0.0001 ms for 2x24: the model fastest is int8-")
+    assert line.endswith(f"All models are kept in {output}, this one is {output / 'best'}.")
+    assert done.out.count("finished in an earlier run, skipped") == len(STAGES) - 1
+    for name in ("finetune", "distill", "prune", "int8-dense", "best"):
+        assert (output / name / "config.json").is_file()
+
+
+def test_without_a_budget_the_front_is_shown_and_a_name_chooses(compress, output):
+    done = compress("-o", output)
+    assert done.code == 0, done.err
+    assert "What there is to choose from: accuracy against the time of one batch (2x24)" in done.out
+    assert "Choose one: the same command with --max-drop 1%" in done.out
+    assert not (output / "best" / "config.json").exists()
+    done = compress("-o", output, "--choose", "int8-dense")
+    assert done.code == 0 and "Chosen: int8-dense, which takes " in done.out
+    assert (output / "best" / "config.json").is_file()
+    done = compress("-o", output, "--choose", "int8-dens")
+    assert done.code == 1 and 'Did you mean "int8-dense"?' in done.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--recipe", "full", "--max-drop", "1%"],
+            "--max-drop and --recipe contradict each other: leave --recipe out",
+        ),
+        (["--recipe", "full", "--device-profile", "this-machine"], "--device-profile and --recipe contradict"),
+        (["--choose", "int8", "--target-latency", "5ms"], "--choose and --target-latency contradict each other"),
+        (
+            ["--dry-run", "--push-to-hub"],
+            "--dry-run and --push-to-hub contradict each other: a dry run writes nothing",
+        ),
+        (["--dry-run", "--overwrite"], "--dry-run and --overwrite contradict"),
+        (["--push-to-hub"], "--push-to-hub pushes the chosen model, and nothing says which: add --max-drop"),
+        (
+            ["--device-profile", "xeon"],
+            "--device-profile xeon is not known: latency is measured where the command runs",
+        ),
+        (["--max-drop", "1"], "--max-drop 1 allows to lose everything"),
+        (["--target-latency", "soon"], "--target-latency is 'soon': give a time above 0"),
+    ],
+)
+def test_flags_that_contradict_each_other(compress, tmp_path, arguments, message):
+    done = compress("-o", tmp_path / "out", *arguments, settings=())
+    assert done.code == 1
+    (line,) = done.errors
+    assert message in line and done.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_nothing_can_be_trained_on(compress, tmp_path, data_folder):  # noqa: F811
+    (tmp_path / "test.csv").write_bytes((data_folder / "test.csv").read_bytes())
+    done = compress("-o", tmp_path / "out", "--max-drop", "1%", "--dataset", tmp_path / "test.csv")
+    assert done.code == 1 and "has no training split" in done.errors[0]
+    assert not (tmp_path / "out").exists()
