@@ -192,7 +192,7 @@ def with_small_settings(words: list[str]) -> list[str]:
     if command == "compress" and "--list-recipes" not in rest:
         from optimum_flexcompress.recipes import load_recipe
 
-        recipe = load_recipe(rest[rest.index("--recipe") + 1] if "--recipe" in rest else "distil-int8")
+        recipe = load_recipe(rest[rest.index("--recipe") + 1] if "--recipe" in rest else "full")
         small = {
             f"stages.{spec.name}.{key}": value
             for spec in recipe.stages
