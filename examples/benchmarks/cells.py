@@ -59,7 +59,7 @@ class Cells:
     def has_model(self, name: str) -> bool:
         """Whether a cell was run and the models are there that its `folder` or `folders` name."""
         found = self.get(name) or {}
-        folders = [found[key] for key in ("folder",) if key in found] + list(found.get("folders", {}).values())
+        folders = [found["folder"]] if "folder" in found else list(found.get("folders", {}).values())
         return bool(folders) and all(Path(folder).is_dir() for folder in folders)
 
     def run(self, name: str, function: Callable[[], dict[str, Any]], model: bool = False) -> dict[str, Any]:

@@ -67,6 +67,11 @@ class _WithLengths(Stage):
             if lengths is not None:
                 check_lengths(model, lengths)
 
+    @property
+    def _shown_lengths(self) -> str:
+        lengths = self.settings.lengths
+        return f", lengths {lengths}" if lengths is not None else ""
+
     def _lengths(self, context: StageContext) -> Any:
         from ...search import Front
 
@@ -85,9 +90,7 @@ class Export(_WithLengths):
 
     def describe(self) -> str:
         """See the base class."""
-        lengths = self.settings.lengths
-        shown = f", lengths {lengths}" if lengths is not None else ""
-        return f"exporting {self.settings.model} to ONNX{shown}"
+        return f"exporting {self.settings.model} to ONNX{self._shown_lengths}"
 
     def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
         """Looks whether there is going to be a model to export, and at its lengths."""
@@ -146,9 +149,7 @@ class Quantize(_WithLengths):
 
     def describe(self) -> str:
         """See the base class."""
-        lengths = self.settings.lengths
-        shown = f", lengths {lengths}" if lengths is not None else ""
-        return f"making {self.settings.model} int8 ({self.settings.mode}{shown})"
+        return f"making {self.settings.model} int8 ({self.settings.mode}{self._shown_lengths})"
 
     def check(self, models: Mapping[str, PreTrainedModel | None]) -> None:
         """Looks at the target, the options and the lengths."""

@@ -304,13 +304,14 @@ class Pick(Stage):
 
     def _drop_of_front(self, context: StageContext, front: Front) -> float:
         """`max_drop` as a share of what the searched model scores with all its tokens."""
-        from ...search import read_share
+        from ...search import read_share, relative_loss
 
         (dense,), held_out = score_held_out(context, [self.settings.baseline], front.metric)
         sign = 1 if held_out.greater_is_better else -1
         worst = dense - sign * read_share("max_drop", self.settings.max_drop, 0.0) * abs(dense)
         context.say(f"{context.name}: {self.settings.baseline} scores {dense:.4g} on the same examples")
-        return min(sign * (front.full.metric - worst) / abs(front.full.metric), 1.0) if front.full.metric else 1.0
+        full = front.full.metric
+        return min(relative_loss(worst, full, held_out.greater_is_better), 1.0) if full else 1.0
 
 
 def score_held_out(
