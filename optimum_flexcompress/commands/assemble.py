@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand
+from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument
 from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target, push
 
 
@@ -49,6 +49,7 @@ optimum-cli flexcompress assemble -m me/modular-t5 --ratio 2 -o t5-half --push-t
             "with 2. The nearest that can be had is taken. Not with a plan.",
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it exists.")
+        add_json_argument(parser, "what was assembled as JSON")
         add_hub_arguments(parser)
 
     def execute(self) -> None:
@@ -76,9 +77,17 @@ optimum-cli flexcompress assemble -m me/modular-t5 --ratio 2 -o t5-half --push-t
         if assembly is None:
             assembly = modular.choose(args.strategy, args.ratio)
         assembly = modular.save_assembled(assembly, args.output, source=args.model, overwrite=args.overwrite)
-        print(assembly.summary())
         full = sum(modular.depths.values())
-        print(f"{full} layers became {assembly.layers}: a ratio of {assembly.ratio:.4g}")
+        self.show(
+            f"{assembly.summary()}\n{full} layers became {assembly.layers}: a ratio of {assembly.ratio:.4g}",
+            {
+                "output": args.output,
+                "layers": assembly.layers,
+                "full_layers": full,
+                "ratio": assembly.ratio,
+                "assembly": assembly.to_dict(),
+            },
+        )
         print(f"Wrote {args.output}")
         if repository is not None:
             print(push(repository, args.output, f"Upload model of {assembly.layers} layers"))

@@ -6,13 +6,15 @@ Nothing here may import torch or transformers: `optimum-cli --help` loads it.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import signal
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
-from typing import NoReturn
+from contextlib import nullcontext, redirect_stdout
+from typing import Any, NoReturn, TextIO
 
 from optimum.commands.base import BaseOptimumCLICommand
 
@@ -43,6 +45,8 @@ class FlexCompressCommand(BaseOptimumCLICommand):
 
     EXAMPLES: str = ""
     INTERRUPTED: str = "nothing was written; run the same command to start again."
+    # Where the result goes.
+    _stdout: TextIO | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -61,6 +65,20 @@ class FlexCompressCommand(BaseOptimumCLICommand):
         """
         raise NotImplementedError(f"{type(self).__name__} has no `execute`.")
 
+    def show(self, result: Any, as_json: str | dict[str, Any]) -> None:
+        """Prints the result of the command.
+
+        Args:
+            result: For people to read; `None` where there is nothing to add.
+            as_json: The same for programs, which `--json` prints instead: nothing else is on stdout then.
+        """
+        if not getattr(self.args, "json", False):
+            if result is not None:
+                print(result, flush=True)
+            return
+        text = as_json if isinstance(as_json, str) else json.dumps(as_json, indent=1)
+        print(text.rstrip("\n"), file=self._stdout, flush=True)
+
     def run(self) -> None:
         """Runs `execute`, and turns its failures into one sentence on stderr and an exit code."""
         for name in _NOISY:
@@ -68,7 +86,10 @@ class FlexCompressCommand(BaseOptimumCLICommand):
         previous = signal.signal(signal.SIGTERM, _raise_terminated)
         try:
             try:
-                self.execute()
+                self._stdout = sys.stdout
+                # What is said on the way, by the Trainer, too, must not end up in the JSON.
+                with redirect_stdout(sys.stderr) if getattr(self.args, "json", False) else nullcontext():
+                    self.execute()
                 # A full disk or a closed pipe must not turn into a silent success at interpreter exit.
                 sys.stdout.flush()
             except ValueError as error:
@@ -98,6 +119,18 @@ class FlexCompressCommand(BaseOptimumCLICommand):
             raise error
         print(f"error: {message}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
+
+
+def add_json_argument(parser: ArgumentParser, what: str) -> None:
+    """`--json`, for scripts.
+
+    Args:
+        parser: Of the command, or a group of it.
+        what: Is printed then, such as "the front as JSON instead of a table".
+    """
+    parser.add_argument(
+        "--json", action="store_true", help=f"Print {what}; everything else then goes to the standard error."
+    )
 
 
 def read_columns(arguments: Iterable[str]) -> dict[str, str]:

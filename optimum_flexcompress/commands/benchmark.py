@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
+from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument, read_columns
 
 
 class BenchmarkCommand(FlexCompressCommand):
@@ -119,7 +119,7 @@ optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.
         )
         timing.add_argument("--no-memory", action="store_true", help="Do not measure peak memory.")
         result = parser.add_argument_group("result")
-        result.add_argument("--json", action="store_true", help="Print the report as JSON instead of tables.")
+        add_json_argument(result, "the report as JSON instead of tables")
         result.add_argument(
             "--no-html", action="store_true", help="Do not write report.html, which needs the extra `report`."
         )
@@ -128,7 +128,6 @@ optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.
     def execute(self) -> None:
         """See the base class."""
         import os
-        import sys
 
         from optimum_flexcompress.evaluation import run_benchmark
         from optimum_flexcompress.evaluation.lanes import read_interpreters
@@ -158,7 +157,7 @@ optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.
             overwrite=args.overwrite,
             interpreters=read_interpreters(args.python),
         )
-        print(report.to_json() if args.json else report, end="" if args.json else "\n")
+        self.show(report, report.to_json())
         if args.output is not None:
             page = "report.json" if args.no_html else "report.html"
-            print(f"\nreport: {os.path.join(args.output, page)}", file=sys.stderr if args.json else sys.stdout)
+            print(f"\nreport: {os.path.join(args.output, page)}")

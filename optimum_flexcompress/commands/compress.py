@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
 from typing import TYPE_CHECKING
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
+from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument, read_columns
 from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target
 
 
@@ -38,6 +39,7 @@ optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classifica
     --set stages.distill.epochs=2 --set data.max_length=64
 optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --recipe full -o OUT \\
     --set stages.modular.skip=true --set stages.half.skip=true --set stages.distill.layers=0.5
+optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --max-drop 1% -o OUT --json
 optimum-cli flexcompress compress -m MODEL --dataset DATA --task text-classification --max-drop 1% -o OUT \\
     --push-to-hub --hub-model-id me/student-int8
 
@@ -118,6 +120,7 @@ that comes nearest, and the exit code is not 0.
             help="Run every stage again, also those that an earlier run in OUTPUT finished.",
         )
         more.add_argument("--list-recipes", action="store_true", help="List the recipes and stop.")
+        add_json_argument(more, "what was made, or with --dry-run or --list-recipes what would be, as JSON")
         hub = add_hub_arguments(parser, "the last model that the recipe makes")
         hub.add_argument(
             "--hub-stage", metavar="STAGE", help="Push the model of another stage of the recipe, such as distill."
@@ -158,6 +161,20 @@ that comes nearest, and the exit code is not 0.
             args.output,
             overwrite=args.overwrite,
             names={stage: repository.repo_id} if repository is not None else {},
+        )
+        # In words it has been said already, stage by stage.
+        self.show(
+            None,
+            {
+                "output": str(result.output),
+                "recipe": recipe.name,
+                "seconds": result.seconds,
+                "skipped": result.skipped,
+                "stages": {
+                    name: {"folder": str(folder), "metrics": result.metrics[name]}
+                    for name, folder in result.folders.items()
+                },
+            },
         )
         self._check_choice(result)
         if repository is not None:
@@ -230,7 +247,15 @@ that comes nearest, and the exit code is not 0.
         facts = self._facts
         if facts is None:
             facts, _ = measure(recipe, args.model, args.dataset, args.task, print)
-        print(f"\n{time_table(recipe, forecast(recipe, facts))}")
+        seconds = forecast(recipe, facts)
+        self.show(
+            f"\n{time_table(recipe, seconds)}",
+            {
+                "recipe": {"name": recipe.name, **recipe.to_dict()},
+                "facts": dataclasses.asdict(facts),
+                "seconds": seconds,
+            },
+        )
         if recipe.plan is not None:
             settings = [override for part in recipe.plan["decisions"] for override in part["overrides"]]
             print("\nThe same by hand: --recipe full " + " ".join(f"--set {shlex.quote(word)}" for word in settings))
@@ -263,8 +288,8 @@ that comes nearest, and the exit code is not 0.
     def _list_recipes(self) -> None:
         from optimum_flexcompress.recipes import list_recipes
 
-        for name, description in list_recipes().items():
-            print(f"{name:<16} {description}")
+        recipes = list_recipes()
+        self.show("\n".join(f"{name:<16} {description}" for name, description in recipes.items()), recipes)
 
     def _quieten(self) -> None:
         # A recipe replaces heads and drops layers on purpose; the warnings about it would only frighten. Whoever sets

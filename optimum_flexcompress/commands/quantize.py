@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
+from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument, read_columns
 from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target, push
 
 
@@ -96,6 +96,7 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
             "mse).",
         )
         parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it exists.")
+        add_json_argument(parser, "what was done as JSON")
         add_hub_arguments(parser)
 
     def execute(self) -> None:
@@ -131,7 +132,8 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         model = fetch_model(args.model)
         examples = self._examples(model, columns) if args.mode == "static" else None
 
-        from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
+        from optimum_flexcompress.evaluation import environment_info, file_size
+        from optimum_flexcompress.evaluation.environment import describe_environment
 
         print(f"Making {args.model} int8 for {backend.description}: {args.mode}, {target}")
         print(describe_environment(environment_info()))
@@ -151,7 +153,19 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         from optimum_flexcompress.model_card import write_model_card
 
         write_model_card(result.path, base_model=args.model, task=args.task)
-        print(result.summary())
+        self.show(
+            result.summary(),
+            {
+                "output": args.output,
+                "model": args.model,
+                "backend": args.backend,
+                "mode": args.mode,
+                "target": target,
+                "bytes": file_size(args.output),
+                "summary": result.summary().splitlines(),
+                "environment": environment_info(),
+            },
+        )
         print(f"Wrote {args.output}")
         if repository is not None:
             print(push(repository, args.output, "Upload int8 model"))

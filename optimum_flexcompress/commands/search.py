@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand, read_columns
+from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument, read_columns
 from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target, push
 
 
@@ -141,7 +141,7 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
         )
         how.add_argument("--threads", type=int, metavar="N", help="Threads for PyTorch and ONNX Runtime.")
         result = parser.add_argument_group("result")
-        result.add_argument("--json", action="store_true", help="Print the front as JSON instead of a table.")
+        add_json_argument(result, "the front as JSON instead of a table")
         result.add_argument(
             "--no-picture", action="store_true", help="Do not draw the front, which needs the extra `report`."
         )
@@ -149,15 +149,10 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
 
     def execute(self) -> None:
         """See the base class."""
-        import sys
-
         from optimum_flexcompress.methods.modular import is_modular
         from optimum_flexcompress.search import search_assemblies, search_lengths
 
         args = self.args
-
-        def say(line: str) -> None:
-            print(line, file=sys.stderr if args.json else sys.stdout)
 
         repository = hub_target(args, args.save_pick)
         if is_modular(args.model):
@@ -190,17 +185,17 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             new_tokens=args.new_tokens,
             threads=args.threads,
             picture=not args.no_picture,
-            say=say,
+            say=print,
             **options,
         )
-        print(front.to_json() if args.json else front, end="" if args.json else "\n")
+        self.show(front, front.to_json())
         if front.picked is not None:
             drop, cost = 100 * front.drop(front.picked), 100 * front.picked.relative_cost
-            say(f"\npicked: {front.name(front.picked)}, which loses {drop:.2f} % at {cost:.0f} % of the cost")
+            print(f"\npicked: {front.name(front.picked)}, which loses {drop:.2f} % at {cost:.0f} % of the cost")
         if args.save_pick is not None:
-            say(f"model: {args.save_pick}")
+            print(f"model: {args.save_pick}")
         if repository is not None:
-            say(push(repository, args.save_pick, "Upload picked model"))
+            print(push(repository, args.save_pick, "Upload picked model"))
 
     def _refuse_for_assemblies(self) -> None:
         from optimum_flexcompress.errors import FlexCompressError

@@ -67,6 +67,13 @@ def test_a_stock_folder_with_a_card(folder, tmp_path, monkeypatch, capsys, optio
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_json_on_the_standard_output(folder, tmp_path, capsys):
+    assert run("-m", folder / "t5", "-o", tmp_path / "small", "--ratio", "3", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["full_layers"], found["layers"], found["ratio"]) == (12, 4, 3.0)
+    assert found["assembly"] == json.loads((tmp_path / "small" / "assembly.json").read_text())
+
+
 def test_encoders_too(folder, tmp_path):
     assert run("-m", folder / "bert", "-o", tmp_path / "small", "--ratio", "2") == 0
     assert BertForSequenceClassification.from_pretrained(tmp_path / "small").config.num_hidden_layers == 3

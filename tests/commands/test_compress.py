@@ -68,6 +68,14 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(compress, tmp_path, monkey
     assert not list(tmp_path.iterdir()) and sorted(data_folder.iterdir()) == before
 
 
+def test_a_dry_run_as_json(compress, tmp_path):
+    done = compress("--max-drop", "1%", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert list(found["seconds"]) == list(STAGES) and found["recipe"]["plan"]["decisions"][0]["rule"] == "int8"
+    assert found["facts"]["layers"] == 4 and "This was a dry run" in done.err
+
+
 def test_a_dry_run_of_a_recipe(compress, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = compress("--recipe", "distil-int8", "--dry-run", settings=["data.max_length=24"])
@@ -120,6 +128,11 @@ def test_without_a_budget_the_front_is_shown_and_a_name_chooses(compress, output
     done = compress("-o", output, "--choose", "int8-dense")
     assert done.code == 0 and "Chosen: int8-dense, which takes " in done.out
     assert (output / "best" / "config.json").is_file()
+    done = compress("-o", output, "--choose", "int8-dense", "--json")
+    found = json.loads(done.out)
+    assert list(found["stages"]) == found["skipped"] == list(STAGES)
+    assert found["stages"]["best"]["metrics"]["chosen"] == "int8-dense" and "Chosen: int8-dense" in done.err
+    assert found["stages"]["best"]["folder"] == str(output / "best")
     done = compress("-o", output, "--choose", "int8-dens")
     assert done.code == 1 and 'Did you mean "int8-dense"?' in done.errors[0]
 

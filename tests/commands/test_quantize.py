@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def test_an_int8_folder_that_loads(folder, tmp_path, capsys, mode):
     model = ORTModelForSequenceClassification.from_pretrained(tmp_path / "int8")
     assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
     assert torch.isfinite(model(**inputs_for(build("bert", "BertForSequenceClassification"))).logits).all()
+
+
+def test_json_on_the_standard_output(folder, tmp_path, capsys):
+    assert run("-m", folder / "model", "-o", tmp_path / "int8", "--json") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert (found["output"], found["mode"]) == (str(tmp_path / "int8"), "dynamic") and "Wrote" in printed.err
+    assert found["bytes"] < sum(file.stat().st_size for file in (tmp_path / "int8").iterdir())
 
 
 def test_openvino(folder, tmp_path, capsys):
