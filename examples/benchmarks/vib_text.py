@@ -4,7 +4,7 @@ Fine-tunes the MiniLM of the `demo` extra on Banking77 and on a part of SST-2, a
 sparsity of its layers: by VIB pruning, where one run of masks serves all three sizes; by Torch-Pruning (extra
 `benchmarks`) with magnitude and with Taylor importance; by keeping fewer layers. All of them share the teacher, the
 distillation losses, the optimizer, and the number of steps, those with masks included, and each has its learning rate
-chosen among the same three: on Banking77, at 70 %, by accuracy on questions held out of the training set.
+chosen among the same three: on Banking77, at 70 and 90 %, by accuracy on questions held out of the training set.
 
     python examples/benchmarks/vib_text.py --sst2 DIR
     python examples/benchmarks/vib_text.py --parts compare --data banking77 --method vib --seed 0
@@ -52,7 +52,9 @@ TITLES = {
     "layers": "fewer layers",
 }
 RATES = (1e-4, 2e-4, 4e-4)
-CHOSEN_AT, SEEDS = 0.7, {"banking77": (0, 1, 2), "sst2": (0,)}
+SEEDS = {"banking77": (0, 1, 2), "sst2": (0,)}
+# One learning rate for a method, since one run of masks serves all sizes: the best at both sizes that are compared.
+CHOSEN_AT, FASTER_AT = (0.7, 0.9), 0.7
 ALIGNMENTS = (1, 8, 16, 32)
 FASTER_STEPS = 100
 
@@ -119,7 +121,10 @@ class Plan:
         """The best of the learning rates, by the held-out part of Banking77."""
         if len(self.rates) == 1:
             return self.rates[0]
-        found = {rate: self.compressed("banking77", method, CHOSEN_AT, 0, rate)["held_out"] for rate in self.rates}
+        found = {
+            rate: sum(self.compressed("banking77", method, level, 0, rate)["held_out"] for level in CHOSEN_AT)
+            for rate in self.rates
+        }
         return max(found, key=found.get)
 
     def known_rate(self, method: str) -> float | None:
@@ -128,10 +133,10 @@ class Plan:
             return self.rates[0]
         found = {}
         for rate in self.rates:
-            cell = self.cells.get(self.name("banking77", method, CHOSEN_AT, rate, 0))
-            if cell is None:
+            cells = [self.cells.get(self.name("banking77", method, level, rate, 0)) for level in CHOSEN_AT]
+            if None in cells:
                 return None
-            found[rate] = cell["held_out"]
+            found[rate] = sum(cell["held_out"] for cell in cells)
         return max(found, key=found.get)
 
     def known(self, data: str, method: str, level: float, seed: int) -> dict[str, Any] | None:
@@ -147,7 +152,7 @@ class Plan:
         steps = min(FASTER_STEPS, self.setting.mask_steps)
         return self.cells.run(
             name,
-            lambda: self.bench("banking77").faster(teacher, self.cells.folder(name), CHOSEN_AT, steps, align, 0),
+            lambda: self.bench("banking77").faster(teacher, self.cells.folder(name), FASTER_AT, steps, align, 0),
             model,
         )
 
@@ -228,11 +233,11 @@ def _int8(latency: dict[str, Any] | None, name: str) -> str:
 
 
 def show_others(plan: Plan) -> None:
-    faster, whole = plan.cells.get("banking77/faster/align8"), plan.known("banking77", "vib", CHOSEN_AT, 0)
+    faster, whole = plan.cells.get("banking77/faster/align8"), plan.known("banking77", "vib", FASTER_AT, 0)
     if faster is not None and whole is not None:
         ratio = whole["seconds"] / faster["seconds"]
         print(
-            f"\nfaster against vtrans at {CHOSEN_AT:.0%}: {faster['seconds']:.0f} s against {whole['seconds']:.0f} s, "
+            f"\nfaster against vtrans at {FASTER_AT:.0%}: {faster['seconds']:.0f} s against {whole['seconds']:.0f} s, "
             f"{ratio:.1f} times less (at least 10 wanted); accuracy {100 * faster['accuracy']:.2f} % against "
             f"{100 * whole['accuracy']:.2f} %, and {100 * whole['before_fine_tuning']['accuracy']:.2f} % before "
             "fine-tuning"
