@@ -7,6 +7,7 @@ Both run the same code, so that what can be made can also be loaded.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -75,6 +76,25 @@ def resize(model: PreTrainedModel, structure: ModelStructure) -> PreTrainedModel
         for layer, wanted in zip(stack.layers, structure.stacks[name].layers):
             layer.module.flexcompress_source = wanted.source
     return model
+
+
+def with_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that can run, of the class and the sizes of one that may lie on the meta device.
+
+    Args:
+        model: A model, pruned or not.
+
+    Returns:
+        The same model where it has weights; else a new one with random ones.
+    """
+    if model.device.type != "meta":
+        return model
+    config = copy.deepcopy(model.config)
+    # Says what is to be done to the weights on loading them.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    structure, made = ModelStructure.of(model), type(model)(config).eval()
+    return made if ModelStructure.of(made) == structure else resize(made, structure)
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ class SavingMixin:
         runner = self._runner
         if runner is None:
             return super().save_model(output_dir, _internal_call)
+        if runner.prepared_for is not None:
+            runner.check()
         # A push saves to the folder of the run, a checkpoint to one of its own.
         if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)

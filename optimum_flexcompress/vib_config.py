@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -169,6 +170,11 @@ class VIBPruningConfig(MethodConfig):
         for name in ("latency_device", "latency_table"):
             if getattr(self, name) is not None and self.target_latency is None:
                 raise FlexCompressError(f"vib_pruning.{name} goes with target_latency: leave it out.")
+        for name, kind in (("latency_device", str), ("latency_table", (str, os.PathLike))):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                what = "the name of a device, such as cpu" if name == "latency_device" else "the path of a file"
+                raise FlexCompressError(f"vib_pruning.{name} is {value!r}: give {what}, or leave it out.")
         levels = self.save_at_sparsities
         if isinstance(levels, str) or not isinstance(levels, Sequence):
             raise FlexCompressError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -93,7 +94,7 @@ class PruningReport:
         """
         views = describe(before), describe(after)
         origins = tuple(Origin.of(view) for view in views)
-        if not origins[0].is_same(origins[1]):
+        if views[0].architecture is not views[1].architecture or not origins[0].is_same(origins[1]):
             raise FlexCompressError(
                 "It is not known which heads of the model before are left in the model after: give a model that "
                 "pruning made from it, as it was saved."
@@ -200,7 +201,11 @@ def _compare(before: LayerView, noted: LayerOrigin, after: LayerView | None, lef
 def _curves(log_history: Iterable[Mapping[str, Any]]) -> list[dict[str, float]]:
     """The trainer's step logs: those with a learning rate; others are summaries and evaluations."""
     return [
-        {name: float(value) for name, value in entry.items() if isinstance(value, (int, float))}
+        {
+            name: float(value)
+            for name, value in entry.items()
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        }
         for entry in log_history
         if "learning_rate" in entry and "step" in entry
     ]

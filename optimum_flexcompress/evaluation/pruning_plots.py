@@ -13,7 +13,7 @@ from .plots import COLOURS, INK, STYLE, Figure, rc_context, svg
 from .pruning import JSON_NAME, LayerPruning, PruningReport
 
 
-HEADS, CURVES = "heads", "curves"
+HEADS = "heads"
 PAPER_INK = "#24292f"
 DPI = 130
 # What is shown of the kinds that attention goes to, in panels of their own; both neighbours make one.
@@ -26,7 +26,10 @@ PANELS = (
 )
 GONE = "#c9ced2"
 KEPT, FFN = COLOURS[0], COLOURS[1]
-LOSSES_SHOWN = 6
+# Of a bar with its number, and of all bars of a stack, in inches; in narrower ones the numbers stand upright.
+BAR_WIDTH, WIDEST = 0.31, 8.0
+# What has room beside another picture on a page, in inches.
+NARROW = 7.5
 
 
 def save_pictures(report: PruningReport, folder: str | os.PathLike) -> list[Path]:
@@ -62,7 +65,7 @@ def of_folder(folder: str | os.PathLike) -> list[tuple[bool, str]]:
         return []
     report = PruningReport.load(folder)
     with rc_context(STYLE):
-        return [(name.startswith((HEADS, CURVES)), svg(figure)) for name, figure in figures(report)]
+        return [(figure.get_figwidth() > NARROW, svg(figure)) for _, figure in figures(report)]
 
 
 @contextmanager
@@ -85,7 +88,7 @@ def figures(report: PruningReport, ink: str = INK) -> Iterator[tuple[str, Figure
                 yield HEADS if len(report.stacks) == 1 else f"{HEADS}_{stack}", heads(report, stack, ink)
         yield "attention", kept_and_removed(report, ink)
     if report.curves:
-        yield CURVES, curves(report, ink)
+        yield "curves", curves(report, ink)
 
 
 # -- Sizes --------------------------------------------------------------------------------------------------------
@@ -94,21 +97,28 @@ def figures(report: PruningReport, ink: str = INK) -> Iterator[tuple[str, Figure
 def sizes(report: PruningReport, ink: str) -> Figure:
     """Heads and FFN dims that are left, layer by layer, and the width of the residual stream."""
     stacks = report.stacks
-    figure = Figure(figsize=(2.2 + 4.2 * len(stacks), 3.3), layout="constrained")
-    widths = [0.5, *(max(len(layers) / 4, 1.2) for layers in stacks.values())]
-    all_axes = figure.subplots(1, 1 + len(stacks), width_ratios=widths, squeeze=False)[0]
+    wanted = {name: BAR_WIDTH * len(layers) * len(_series_of(layers)) for name, layers in stacks.items()}
+    widest = min(max([*wanted.values(), 4.2]), WIDEST)
+    figure = Figure(figsize=(2.2 + widest, 0.4 + 2.9 * len(stacks)), layout="constrained")
+    grid = figure.subplots(len(stacks), 2, width_ratios=[1.6, widest], squeeze=False)
+    for axes in grid[1:, 0]:
+        axes.set_axis_off()
     kept, of = report.hidden["kept"], report.hidden["of"]
-    all_axes[0].bar([0], [1.0], width=0.5, color=GONE)
-    all_axes[0].bar([0], [kept / of], width=0.5, color=COLOURS[2])
-    all_axes[0].annotate(f"{kept} of {of}", (0, kept / of), xytext=(0, 4), textcoords="offset points", ha="center")
-    all_axes[0].set_title("hidden dims")
-    all_axes[0].set_xlim(-0.6, 0.6)
-    all_axes[0].set_xticks([])
-    for axes, (name, layers) in zip(all_axes[1:], stacks.items()):
-        _layer_bars(axes, layers)
+    width = grid[0, 0]
+    width.bar([0], [1.0], width=0.5, color=GONE)
+    width.bar([0], [kept / of], width=0.5, color=COLOURS[2])
+    width.annotate(f"{kept} of {of}", (0, kept / of), xytext=(0, 4), textcoords="offset points", ha="center")
+    width.set_title("hidden dims")
+    width.set_xlim(-0.9, 0.9)
+    width.set_xticks([])
+    tops = [1.18]
+    for axes, (name, layers) in zip(grid[:, 1], stacks.items()):
+        upright = wanted[name] > WIDEST
+        _layer_bars(axes, layers, upright)
         axes.set_title(f"left of each layer of the {name}")
-    for axes in all_axes:
-        axes.set_ylim(0, 1.18)
+        tops.append(1.45 if upright else 1.18)
+    for axes, top in zip((width, *grid[:, 1]), tops):
+        axes.set_ylim(0, top)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
         axes.grid(True, axis="y")
     figure.suptitle(
@@ -117,12 +127,17 @@ def sizes(report: PruningReport, ink: str) -> Figure:
     return figure
 
 
-def _layer_bars(axes: Any, layers: list[LayerPruning]) -> None:
+def _series_of(layers: list[LayerPruning]) -> list[tuple[str, str, list[tuple[int, int]]]]:
+    """Label, colour, and for each layer how many are left of how many."""
     series = [("heads", KEPT, [(len(layer.kept_heads), layer.heads) for layer in layers])]
     if any(layer.cross_heads for layer in layers):
         counts = [(len(layer.kept_cross_heads), layer.cross_heads) for layer in layers]
         series.append(("cross-attention heads", COLOURS[4], counts))
-    series.append(("FFN dims", FFN, [(layer.kept_ffn, layer.ffn) for layer in layers]))
+    return [*series, ("FFN dims", FFN, [(layer.kept_ffn, layer.ffn) for layer in layers])]
+
+
+def _layer_bars(axes: Any, layers: list[LayerPruning], upright: bool) -> None:
+    series = _series_of(layers)
     width = 0.8 / len(series)
     for index, (label, colour, counts) in enumerate(series):
         places = [layer + (index - (len(series) - 1) / 2) * width for layer in range(len(layers))]
@@ -131,7 +146,13 @@ def _layer_bars(axes: Any, layers: list[LayerPruning]) -> None:
         axes.bar(places, shares, width=0.92 * width, color=colour, label=label)
         for place, share, (kept, _) in zip(places, shares, counts):
             axes.annotate(
-                str(kept), (place, share), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7.5
+                str(kept),
+                (place, share),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+                rotation=90 if upright else 0,
             )
     axes.set_xticks(range(len(layers)), [str(index + 1) for index in range(len(layers))])
     axes.set_xlabel("layer")
@@ -273,8 +294,9 @@ def curves(report: PruningReport, ink: str) -> Figure:
     """Sparsity and its target, and the terms of the loss, over the steps of the run."""
     names = list(dict.fromkeys(name for entry in report.curves for name in entry))
     # The KL term has a weight of a millionth, and would lie far above all others.
-    losses = ["loss", *(name for name in names if name.startswith("loss_") and name != "loss_vib_kl")]
-    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    terms = [name for name in names if name.startswith("loss_") and name != "loss_vib_kl"]
+    losses = ["loss", *sorted(terms, key=lambda name: name != "loss_task")]
+    figure = Figure(figsize=(11.0, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     sparsities = (("vib_target", "target", GONE), ("vib_sparsity", "reached", KEPT))
     for name, label, colour in sparsities:
@@ -284,12 +306,14 @@ def curves(report: PruningReport, ink: str) -> Figure:
     left.set_title("sparsity of the masks")
     left.set_ylim(0, 1)
     shown = 0
-    for name in losses[: LOSSES_SHOWN + 1]:
+    for name in losses:
         steps, values = _series(report, name)
         if steps and max(values) > 0 and min(values) >= 0:
             kept = [(step, value) for step, value in zip(steps, values) if value > 0]
             label = "whole loss" if name == "loss" else name.removeprefix("loss_").replace("_", " ")
-            right.plot(*zip(*kept), color=COLOURS[shown % len(COLOURS)], label=label, linewidth=1.4)
+            again, colour = divmod(shown, len(COLOURS))
+            style = ("-", "--", ":")[min(again, 2)]
+            right.plot(*zip(*kept), style, color=COLOURS[colour], label=label, linewidth=1.4)
             shown += 1
     right.set_yscale("log")
     right.set_title("loss and its terms, without their weights")
@@ -297,7 +321,9 @@ def curves(report: PruningReport, ink: str) -> Figure:
         axes.set_xlabel("step")
         axes.grid(True)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+            # Curves of losses go everywhere.
+            outside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if axes is right else {}
+            axes.legend(frameon=False, fontsize=8, **outside)
     return figure
 
 

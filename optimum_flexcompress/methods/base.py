@@ -273,6 +273,13 @@ class CompressionMethod:
         """Values to log next to the loss terms, such as the sparsity reached. Called when the trainer logs."""
         return {}
 
+    def check(self) -> None:
+        """Called before a checkpoint or a model is written.
+
+        Raises:
+            FlexCompressError: What would be written is of no use, and might push a good checkpoint out.
+        """
+
     def is_ready(self) -> bool:
         """Whether the model meets the method's target now; only then can a checkpoint become the best model."""
         return True

@@ -344,6 +344,10 @@ class MethodRunner:
         names = (method.checkpoint_due(step, max_steps) for method in self.methods)
         return [name for name in names if name is not None]
 
+    def check(self) -> None:
+        for method in self.methods:
+            method.check()
+
     def is_ready(self) -> bool:
         return all(method.is_ready() for method in self.methods)
 

@@ -13,6 +13,7 @@ from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.evaluation import file_size, run_benchmark
 from optimum_flexcompress.evaluation.pruning import JSON_NAME, LayerPruning, PruningReport
 from optimum_flexcompress.evaluation.pruning_plots import figures, of_folder
+from tests.tiny import build
 
 
 def report_of(stacks=("encoder",), attention=True, curves=True) -> PruningReport:
@@ -115,6 +116,19 @@ def test_on_the_page_of_a_benchmark(tmp_path, classifiers, rows):
     assert "heads that are left" in page and "sparsity of the masks" in page
     assert page.count("<svg") == page.count("</svg>") and "<script" not in page
     assert report["pruned"].size == size
+
+
+def test_overflows_in_the_log_are_left_out(tmp_path):
+    model = build("bert", "BertModel")
+    entry = {"step": 1, "learning_rate": 1e-3, "loss": 1.0, "grad_norm": float("inf")}
+    report = PruningReport.of(model, model, None, [entry])
+    report.save(tmp_path, pictures=False)
+    assert PruningReport.load(tmp_path).curves == [{"step": 1.0, "learning_rate": 1e-3, "loss": 1.0}]
+
+
+def test_models_of_two_families_are_no_pair():
+    with pytest.raises(FlexCompressError, match="not known which heads"):
+        PruningReport.of(build("roberta", "RobertaModel"), build("bert", "BertModel"), None, [])
 
 
 def test_damaged_and_missing_reports(tmp_path):

@@ -203,6 +203,15 @@ def test_bad_settings_are_one_sentence(compress, alone, tmp_path, override, mess
     assert not (tmp_path / "out" / "prune").exists()
 
 
+@pytest.mark.parametrize("target", ["target_macs: 0.5", "target_latency: 1000"])
+def test_targets_that_need_the_model_to_run(compress, alone, tmp_path, target):
+    alone.write_text(alone.read_text().replace("target_sparsity: 0.6\n", f"{target}\n    sequence_length: 16\n"))
+    # The check is what is looked at: it has no weights to run.
+    message = "takes .* ms by the table" if "latency" in target else "save_at_sparsities has 0.6, beyond the target"
+    with pytest.raises(FlexCompressError, match=message):
+        compress(alone, quick=[], output=tmp_path / "out")
+
+
 def test_without_a_teacher_and_without_probing(compress, alone):
     result, _ = compress(alone, "stages.prune.methods={}", "stages.prune.probe_samples=0", quick=[])
     config = json.loads((result.folders["prune"] / "flexcompress_config.json").read_text())

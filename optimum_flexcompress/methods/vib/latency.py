@@ -155,7 +155,7 @@ def load_or_measure(
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     found: list[LatencyTable | FlexCompressError | None] = [None]
     if not distributed or torch.distributed.get_rank() == 0:
-        file = Path(path) if path is not None else _cache_file(model, workload, vary_width)
+        file = Path(path).expanduser() if path is not None else _cache_file(model, workload, vary_width)
         try:
             found = [_load_or_measure(model, workload, file, vary_width)]
         except FlexCompressError as error:
@@ -170,6 +170,10 @@ def load_or_measure(
 
 
 def _load_or_measure(model: PreTrainedModel, workload: Workload, file: Path, vary_width: bool) -> LatencyTable:
+    if file.is_dir():
+        raise FlexCompressError(
+            f"latency_table is the folder {file}: give the path of a file, which is made if need be."
+        )
     if file.exists():
         table = LatencyTable.load(file)
         _check(table, model, workload, file, vary_width)

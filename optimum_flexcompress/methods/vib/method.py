@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ...architectures import describe
 from ...errors import FlexCompressError
 from ...masking import fold
-from ...surgery import hidden_sides, select
+from ...surgery import hidden_sides, select, with_weights
 from ...vib_config import VIBPruningConfig
 from ..base import (
     EXISTING_LAYERS,
@@ -78,7 +78,8 @@ class VIBPruningMethod(CompressionMethod):
             raise FlexCompressError(f"This model cannot be pruned: {objection}.")
         if "hidden" in self.config.prune:
             hidden_sides(view)
-        Target(self.config, model, context.args.device).check_reachable()
+        # Costs are counted, or timed, by running the model.
+        Target(self.config, with_weights(model), context.args.device).check_reachable()
 
     def prepare(self, context: PrepareContext) -> None:
         self._model = context.model
@@ -263,6 +264,10 @@ class VIBPruningMethod(CompressionMethod):
                 "a lower learning rate, or without fp16."
             )
 
+    def check(self) -> None:
+        if not self._folded:
+            self._check_finite(self.modules["masks"])
+
     # The end
 
     def is_ready(self) -> bool:
@@ -306,10 +311,7 @@ class VIBPruningMethod(CompressionMethod):
         target = self._target
         selection = target.select(self.modules["masks"].scores(), sparsity)
         if sparsity is not None and not target.meets(selection, sparsity):
-            raise FlexCompressError(
-                f"The nearest to a sparsity of {sparsity:.4g} that the masks allow with align={self.config.align} is "
-                f"{target.reached(selection):.4f}: use a smaller align, or ask for that."
-            )
+            raise FlexCompressError(target.cannot_be_reached(sparsity, selection))
         return selection
 
     def finalize(self, model: PreTrainedModel) -> PreTrainedModel:

@@ -121,7 +121,8 @@ def _blocks(layout: MaskLayout, scores: Scores, align: int, ffn: bool) -> _Block
             continue
         values = scores.units[index]
         order = np.argsort(-values, kind="stable")
-        step = unit_step(part.width, align)
+        # Where only the whole of it has a mask it goes or stays as a whole.
+        step = unit_step(part.width, align) if ("ffn" if ffn else "heads") in layout.kinds else part.units
         for begin in range(0, part.units, step):
             units = order[begin : begin + step]
             entries.append((index, units, float(values[units].mean())))

@@ -41,15 +41,15 @@ class Target:
 
     def __init__(self, config: VIBPruningConfig, model: PreTrainedModel, device: torch.device | str = "cpu"):
         view = describe(model)
-        self._config = config
+        self._config, self._model = config, model
         self.layout = MaskLayout.of(view, _kinds(config, model))
         self.with_embeddings = parameter_cost(view, self.layout, include_embeddings=True)
         if config.target_macs is not None:
             self.cost = macs_cost(view, self.layout, config.sequence_length)
             self.sparsity = self._sparsity_of_macs(config.target_macs)
         elif config.target_latency is not None:
-            length, device = config.sequence_length, torch.device(config.latency_device or device)
-            self.workload = Workload.of(view, config.latency_batch_size, length, device)
+            device = _latency_device(config.latency_device, device)
+            self.workload = Workload.of(view, config.latency_batch_size, config.sequence_length, device)
             table = load_or_measure(model, self.workload, config.latency_table, "hidden" in self.layout.kinds)
             self._use_table(table)
         else:
@@ -153,29 +153,64 @@ class Target:
             nearest = self.select(scores, level)
             if self.meets(nearest, level):
                 continue
-            if isinstance(self.cost, LatencyCost):
-                wanted, found = (number / PER_MILLISECOND for number in (self.wanted(level), nearest.cost))
-                raise FlexCompressError(
-                    f"{wanted:.4g} ms cannot be reached: the nearest that the table of latencies has with "
-                    f"align={self._config.align} and prune={self._config.prune} is {found:.4g} ms (PyTorch, "
-                    f"{self.workload}); ask for that, or use a smaller align."
-                )
-            raise FlexCompressError(
-                f"A sparsity of {level:.4g} cannot be reached with align={self._config.align} and "
-                f"prune={self._config.prune}: the nearest is {self.reached(nearest):.4f}; ask for that, or use a "
-                "smaller align."
+            raise FlexCompressError(self.cannot_be_reached(level, nearest))
+
+    def cannot_be_reached(self, sparsity: float, nearest: Selection) -> str:
+        """A sentence on a sparsity that no aligned sizes come near.
+
+        Args:
+            sparsity: What was asked for.
+            nearest: What comes nearest.
+        """
+        config, cost = self._config, nearest.cost
+        if isinstance(self.cost, LatencyCost):
+            wanted, found = (f"{number / PER_MILLISECOND:.4g} ms" for number in (self.wanted(sparsity), cost))
+            found += f" by the table of latencies (PyTorch, {self.workload})"
+        elif config.target_macs is not None and sparsity == self.sparsity:
+            wanted, found = (
+                f"{count:,} multiply-accumulates ({count / self.cost.dense:.4f} of all)"
+                for count in (self.wanted(sparsity), cost)
             )
+        else:
+            wanted, found = f"A sparsity of {sparsity:.4g}", f"{self.reached(nearest):.4f}"
+        more = [kind for kind in _possible(config, self._model) if kind not in self.layout.kinds]
+        advice = ["ask for that"] if cost < self.cost.dense else []
+        advice += ["use a smaller align"] if config.align > 1 else []
+        advice += [f"add {' or '.join(more)} to prune"] if more else []
+        advice += ["leave out uniform=True"] if config.uniform else []
+        *first, last = advice or ["ask for less to be left"]
+        return (
+            f"{wanted} cannot be reached with align={config.align}{', uniform=True' if config.uniform else ''} and "
+            f"prune={config.prune}: the nearest is {found}; {', '.join(first)}{', or ' if first else ''}{last}."
+        )
+
+
+def _possible(config: VIBPruningConfig, model: PreTrainedModel) -> list[str]:
+    """The kinds of structure that can be pruned: uniform sizes keep all sub-layers, and stock ones often the width."""
+    barred = set() if not config.uniform else {"sublayers"} if width_is_free(model) else {"sublayers", "hidden"}
+    return [kind for kind in KINDS if kind not in barred]
 
 
 def _kinds(config: VIBPruningConfig, model: PreTrainedModel) -> set[str]:
-    kinds = set(config.prune)
-    if config.uniform:
-        kinds.discard("sublayers")
-        if not width_is_free(model):
-            kinds.discard("hidden")
+    possible = _possible(config, model)
+    kinds = set(config.prune) & set(possible)
     if not kinds:
         raise FlexCompressError(
-            f"uniform=True leaves nothing of prune={config.prune} to prune in this model: add some of "
-            f"{', '.join(KINDS)}."
+            f"uniform=True leaves nothing of prune={config.prune} to prune in this model: add "
+            f"{' or '.join(possible)}, or leave uniform=True out."
         )
     return kinds
+
+
+def _latency_device(name: str | None, default: torch.device | str) -> torch.device:
+    """Where latencies are measured."""
+    try:
+        device = torch.device(name or default)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise FlexCompressError(
+            f"latency_device is {name!r}, which this machine does not have: give cpu, or cuda where there is a GPU, or "
+            "leave it out."
+        )
+    return device

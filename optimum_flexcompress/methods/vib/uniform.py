@@ -200,8 +200,10 @@ class UniformSizes:
 
 
 def _near(sizes: list[int], wanted: float) -> list[int]:
+    """The sizes around the wanted one, and some over the whole range: the request may be far from what masks want."""
     index = int(np.searchsorted(sizes, wanted))
-    return sizes[max(index - NEIGHBOURS, 0) : index + NEIGHBOURS]
+    near = sizes[max(index - NEIGHBOURS, 0) : index + NEIGHBOURS]
+    return sorted({*near, *sizes[:: max(len(sizes) // (2 * NEIGHBOURS), 1)], sizes[-1]})
 
 
 def _uniform_stack(stack: StackStructure, heads: int, ffn: int) -> StackStructure:

@@ -253,7 +253,9 @@ def test_what_cannot_be_asked_for(tmp_path):
     ):
         build(target_latency=dense)
     # Nothing but the least width and one head is left.
-    with pytest.raises(FlexCompressError, match=r"0.01 ms cannot be reached: the nearest .* is 0.2125 ms"):
+    with pytest.raises(
+        FlexCompressError, match=r"0.01 ms cannot be reached .*: the nearest is 0.2125 ms by the table"
+    ):
         build(target_latency=0.01)
     with pytest.raises(FlexCompressError, match="measured for 2 x 9 tokens .*, not 2 x 8 tokens"):
         build(target_latency=0.5, sequence_length=8)
@@ -261,6 +263,10 @@ def test_what_cannot_be_asked_for(tmp_path):
         build(model_of("bert", layers=3, hidden=32, heads=4), target_latency=0.5)
     with pytest.raises(FlexCompressError, match=r"cannot be written to .* set latency_table"):
         table.save(path / "below-a-file.json")
+    with pytest.raises(FlexCompressError, match="latency_device is 'gpu'.*give cpu"):
+        build(target_latency=0.5, latency_device="gpu")
+    with pytest.raises(FlexCompressError, match="latency_table is the folder"):
+        trainer_of(tmp_path, model=twin(model), settings=_settings(tmp_path, target_latency=0.5))
     path.write_text("{}")
     with pytest.raises(FlexCompressError, match="no table of latencies.*remove it"):
         build(target_latency=0.5)
@@ -274,6 +280,8 @@ def test_what_cannot_be_asked_for(tmp_path):
         ({"target_latency": 5.0, "target_sparsity": None, "include_embeddings": True}, "leave it out"),
         ({"latency_table": "table.json"}, "goes with target_latency"),
         ({"latency_batch_size": 0}, "at least 1"),
+        ({"latency_table": 5, "target_latency": 5.0, "target_sparsity": None}, "path of a file"),
+        ({"latency_device": 0, "target_latency": 5.0, "target_sparsity": None}, "name of a device"),
     ],
 )
 def test_bad_settings(settings, message):

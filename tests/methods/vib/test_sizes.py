@@ -17,9 +17,21 @@ from optimum_flexcompress.methods.vib.masks import as_masks
 from optimum_flexcompress.methods.vib.sizes import Scores, choose_sizes, threshold_sizes
 from optimum_flexcompress.methods.vib.target import Target
 from optimum_flexcompress.structure import count_parameters
-from optimum_flexcompress.surgery import select
+from optimum_flexcompress.surgery import select, with_weights
 from tests.methods.vib.helpers import config_of, layout_of
 from tests.tiny import build
+
+
+_BART = {
+    "vocab_size": 50,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
 
 
 def _model():
@@ -108,18 +120,7 @@ def test_uniform_sizes_load_without_the_package(family):
         "roberta": "RobertaModel",
     }
     if family == "bart":
-        model = BartForConditionalGeneration(
-            BartConfig(
-                vocab_size=50,
-                d_model=32,
-                encoder_layers=2,
-                decoder_layers=2,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=64,
-                decoder_ffn_dim=64,
-            )
-        ).eval()
+        model = BartForConditionalGeneration(BartConfig(**_BART)).eval()
     else:
         model = build(family, names[family])
     target = Target(config_of(uniform=True, target_sparsity=0.4), model)
@@ -141,14 +142,51 @@ def test_uniform_sizes_load_without_the_package(family):
     [
         ({"target_sparsity": 0.999}, r"cannot be reached with align=1.*nearest is 0\.9[0-9]+"),
         ({"target_sparsity": 0.98, "align": 16}, r"cannot be reached with align=16.*nearest is 0\.[0-9]+"),
-        ({"target_sparsity": 0.6, "prune": ["heads"]}, r"nearest is 0\.5533"),
+        (
+            {"target_sparsity": 0.6, "prune": ["heads"]},
+            r"nearest is 0\.5533; ask for that, or add .* or ffn or .* to prune\.",
+        ),
+        (
+            {"target_sparsity": None, "target_macs": 0.02, "align": 16},
+            r"multiply-accumulates \(0\.0200 of all\) cannot be reached with align=16.*nearest is [0-9,]+ multiply",
+        ),
+        ({"target_sparsity": 0.02, "prune": ["sublayers"]}, "nearest is 0.0000; add hidden or heads or ffn to prune"),
+        ({"target_sparsity": 0.999, "uniform": True}, "uniform=True and .*; ask for that, or leave out uniform=True"),
     ],
 )
 def test_unreachable_targets_name_the_nearest(settings, message):
     model = build("bert", "BertModel")
     target = Target(config_of(**settings), model)
-    with pytest.raises(FlexCompressError, match=message):
+    with pytest.raises(FlexCompressError, match=message) as caught:
         target.check_reachable()
+    assert "smaller align" not in str(caught.value) or settings.get("align", 1) > 1
+
+
+def test_a_mask_on_the_whole_takes_the_whole():
+    model = build("bert", "BertModel")
+    target = Target(config_of(target_sparsity=0.4, prune=["sublayers"]), model)
+    scores = torch.where(target.layout.active(), _scores(target.layout), torch.inf)
+    selection = target.select(scores, 0.4)
+    kept = [len(units) for units in selection.units]
+    assert 0 in kept and all(count in (0, part.units) for count, part in zip(kept, target.layout.sublayers))
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.3, 0.35])
+def test_uniform_sizes_of_two_stacks_far_from_what_the_masks_want(sparsity):
+    model = BartForConditionalGeneration(BartConfig(**_BART))
+    Target(config_of(uniform=True, target_sparsity=sparsity, prune=["heads", "ffn"]), model).check_reachable()
+
+
+def test_models_without_weights_can_be_asked():
+    """As a recipe asks before any stage has run."""
+    model = build("bert", "BertModel")
+    layout = layout_of(model)
+    values = torch.ones(layout.size)
+    values[layout.sublayers[0].start] = 0
+    select(model, as_masks(layout, values).kept())
+    made = with_weights(copy.deepcopy(model).to("meta"))
+    assert made.device.type == "cpu" and ModelStructure.of(made) == ModelStructure.of(model)
+    assert with_weights(model) is model
 
 
 def test_targets_in_macs():

@@ -219,6 +219,14 @@ def test_nan_in_a_mask_is_said(tmp_path):
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
 
+def test_checkpoints_after_a_nan_push_no_good_one_out(tmp_path):
+    trainer = trainer_of(tmp_path, save_strategy="steps", save_steps=5, save_total_limit=1, logging_steps=500)
+    trainer.add_callback(_Poison(trainer))
+    with pytest.raises(FlexCompressError, match="NaN.*earlier checkpoint"):
+        trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+
+
 def test_a_run_that_ends_early_says_how_far_it_got(tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
