@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedArchitectureError
 from .bart import BART
@@ -44,6 +44,20 @@ def find_architecture(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def position_limit(config: PretrainedConfig) -> int | None:
+    """How many tokens a model has positions for.
+
+    Args:
+        config: Its configuration; the family may be one without a table.
+
+    Returns:
+        The number, or `None` where nothing limits it.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    table = ARCHITECTURES.get(config.model_type)
+    return limit if limit is None or table is None else limit - table.unused_positions(config)
+
+
 def describe(model: PreTrainedModel) -> ModelView:
     """Looks at a model through the table of its family.
 
@@ -75,5 +89,6 @@ __all__ = [
     "StackView",
     "describe",
     "find_architecture",
+    "position_limit",
     "register_architecture",
 ]

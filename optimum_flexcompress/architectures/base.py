@@ -151,6 +151,7 @@ class Architecture:
         first_token: Endings of the class names whose head (or pooler) reads the first token, and whether it reads
             that one alone.
         dropping_objection: Says for a configuration why its layers cannot drop tokens, or returns `None`.
+        unused_positions: How many of the positions in `config.json` no token ever has.
     """
 
     family: str
@@ -168,3 +169,4 @@ class Architecture:
     objection: Callable[[PretrainedConfig], str | None] = lambda config: None
     first_token: Mapping[str, bool] = field(default_factory=dict)
     dropping_objection: Callable[[PretrainedConfig], str | None] = lambda config: None
+    unused_positions: Callable[[PretrainedConfig], int] = lambda config: 0

@@ -20,4 +20,6 @@ ROBERTA = Architecture(
     fixed=("lm_head.bias", "encoder.layer.*.attention.self.distance_embedding"),
     first_token=FIRST_TOKEN,
     dropping_objection=dropping_objection,
+    # Positions are counted from the one after that of padding, which has the id of the padding token.
+    unused_positions=lambda config: config.pad_token_id + 1,
 )

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from typing import TYPE_CHECKING
+
 from optimum.commands.base import CommandInfo
 from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument, read_columns
+
+
+if TYPE_CHECKING:
+    from optimum_flexcompress.evaluation import Report
 
 
 class BenchmarkCommand(FlexCompressCommand):
@@ -81,9 +89,8 @@ optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.
             "--lengths",
             type=int,
             nargs="+",
-            default=[128],
             metavar="N",
-            help="Lengths in tokens to time (default: 128).",
+            help="Lengths in tokens to time (default: 128, or what the models take).",
         )
         timing.add_argument(
             "--new-tokens",
@@ -127,18 +134,18 @@ optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.
 
     def execute(self) -> None:
         """See the base class."""
-        import os
+        args = self.args
 
-        from optimum_flexcompress.evaluation import run_benchmark
+        from optimum_flexcompress.evaluation.benchmark import check_report_folder, run_benchmark
         from optimum_flexcompress.evaluation.lanes import read_interpreters
 
-        args = self.args
+        if args.output is not None:
+            check_report_folder(args.output, html=not args.no_html, overwrite=args.overwrite)
         report = run_benchmark(
             args.models,
             baseline=args.baseline,
             task=args.task,
             data=args.dataset,
-            output=args.output,
             split=args.split,
             columns=read_columns(args.columns),
             max_length=args.max_length,
@@ -153,11 +160,30 @@ optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.
             eval_batch_size=args.eval_batch_size,
             threads=args.threads,
             memory=not args.no_memory,
-            html=not args.no_html,
-            overwrite=args.overwrite,
             interpreters=read_interpreters(args.python),
         )
+        # Before it is written: what took long to measure is not lost with a disk that is full.
         self.show(report, report.to_json())
         if args.output is not None:
-            page = "report.json" if args.no_html else "report.html"
-            print(f"\nreport: {os.path.join(args.output, page)}")
+            self._write(report)
+
+    def _write(self, report: Report) -> None:
+        from optimum_flexcompress.errors import FlexCompressError
+        from optimum_flexcompress.output import atomic_folder
+
+        args = self.args
+        try:
+            with atomic_folder(args.output, overwrite=args.overwrite) as folder:
+                report.save(folder, html=not args.no_html)
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            raise FlexCompressError(
+                f"the report above could not be written to {args.output}: "
+                + (
+                    "the disk is full; make room, or run again with -o on another disk."
+                    if full
+                    else f"{error.strerror or error}; run again with another -o."
+                )
+            ) from error
+        page = "report.json" if args.no_html else "report.html"
+        print(f"\nreport: {os.path.join(args.output, page)}")

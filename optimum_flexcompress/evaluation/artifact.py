@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import FlexCompressError
 from ..quantization.saved import has_saved, peek_saved, read_saved
-from ..tasks import get_task, infer_task
+from ..tasks import get_task, has_head, infer_task
 from ..tasks.base import Task, load_pretrained, set_padding
 from .cost import ONNX_ENDINGS, PYTORCH_ENDINGS, weight_files
 
@@ -206,8 +206,28 @@ def find_backend(path: str | os.PathLike) -> str:
 
 def _open_pytorch(path: Path, task: Task, threads: int | None, options: dict[str, Any]) -> Artifact:
     folder = path.parent if path.is_file() else path
-    model = task.load_model(folder, **options).eval()
-    return model_artifact(model, task, path)
+    return model_artifact(_load_with_head(folder, task, options), task, path)
+
+
+def _load_with_head(folder: Path, task: Task, options: dict[str, Any]) -> Any:
+    """A PyTorch model in evaluation mode, refused where Transformers would make its head up.
+
+    Raises:
+        FlexCompressError: It has no head for the task.
+    """
+    config = load_pretrained(AutoConfig, folder)
+    # Vectors need no head.
+    if task.name == "feature-extraction" or has_head(task.auto_class, config):
+        return task.load_model(folder, **options).eval()
+    # Saved by another class, which may have a head of the same names all the same (BertForPreTraining).
+    model, found = load_pretrained(task.auto_class, folder, output_loading_info=True, **options)
+    if found["missing_keys"]:
+        raise FlexCompressError(
+            f"{folder} has no head for {task.name} (it is a {' or '.join(config.architectures or ['bare model'])}): "
+            "fine-tune it first, or give --task feature-extraction."
+        )
+    set_padding(model)
+    return model.eval()
 
 
 def model_artifact(model: Any, task: Task, path: str | os.PathLike = "model") -> Artifact:
@@ -225,7 +245,7 @@ def model_artifact(model: Any, task: Task, path: str | os.PathLike = "model") ->
 def _open_torchao(path: Path, task: Task, threads: int | None, options: dict[str, Any]) -> Artifact:
     folder = path.parent if path.is_file() else path
     read_saved(folder, "torchao")
-    model = task.load_model(folder, **options).eval()
+    model = _load_with_head(folder, task, options)
     return Artifact(path, task, "torchao", "int8", model, model.config, _forward_arguments(model))
 
 

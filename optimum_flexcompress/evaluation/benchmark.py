@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
+from ..architectures import position_limit
 from ..data import load_data, select_split, take
 from ..errors import FlexCompressError, MissingExtraError
 from ..output import atomic_folder, check_output_folder
@@ -36,6 +37,8 @@ from .workloads import BLOCKS, forward_inputs, generates, time_shape, time_strea
 
 # Under this name the rows are prepared, whatever their split is called: tasks may treat training rows differently.
 EVALUATED = "test"
+# Tokens of the inputs that are timed, where the models take as many.
+TIMED_LENGTH = 128
 
 
 def run_benchmark(
@@ -51,7 +54,7 @@ def run_benchmark(
     max_samples: int | None = None,
     sentence: str | Sequence[str] | None = None,
     batch_sizes: Sequence[int] = (1, 32),
-    lengths: Sequence[int] = (128,),
+    lengths: Sequence[int] | None = None,
     new_tokens: int = 32,
     stream_rows: int = 64,
     rounds: int = 15,
@@ -85,7 +88,7 @@ def run_benchmark(
         sentence: A text (or a pair) for which the page shows the words that models with dropped tokens keep; None: one
             of the data set.
         batch_sizes: Batch sizes to time.
-        lengths: Sequence lengths to time, each with every batch size.
+        lengths: Sequence lengths to time, each with every batch size; None: 128, or what the models take.
         new_tokens: For generating models: tokens to generate while timing, and the bound while evaluating.
         stream_rows: How many rows of the data set to time one by one at their real lengths; 0: none.
         rounds: Interleaved rounds of timing, at least 3.
@@ -111,9 +114,7 @@ def run_benchmark(
     if data is None:
         raise FlexCompressError("A benchmark needs a data set: give data=, on the command line --dataset.")
     if output is not None:
-        check_output_folder(output, overwrite=overwrite)
-        if html:
-            require_report_extra()
+        check_report_folder(output, html=html, overwrite=overwrite)
     check_shapes(batch_sizes, lengths, rounds)
     if sentence is not None and not isinstance(sentence, str) and len(sentence) not in (1, 2):
         raise FlexCompressError(f"sentence is {len(sentence)} texts: give one, or two for a task that reads pairs.")
@@ -128,10 +129,7 @@ def run_benchmark(
         evaluated = take(loaded[split], max_samples)
         prepared = _prepare(artifacts[baseline], task, loaded, split, evaluated, columns, max_length)
         check_same_inputs(artifacts, baseline)
-        for artifact in artifacts.values():
-            # Fails now, before the long work, where a length could not be timed.
-            longest = max(lengths) + (new_tokens if task.name == "text-generation" else 0)
-            example_batch(artifact.config, task, 1, longest)
+        lengths = _timed_lengths(artifacts, task, lengths, new_tokens)
 
         evaluations = _evaluate(artifacts, baseline, prepared, eval_batch_size, new_tokens, progress)
         results = {
@@ -206,6 +204,23 @@ def run_benchmark(
     return report
 
 
+def check_report_folder(output: str | os.PathLike, *, html: bool = True, overwrite: bool = False) -> None:
+    """Says before anything is measured whether the report could be written.
+
+    Args:
+        output: The folder for it.
+        html: Whether the page is to be written.
+        overwrite: Whether the folder may be replaced.
+
+    Raises:
+        FlexCompressError: The folder cannot be used; see [`optimum_flexcompress.output.check_output_folder`].
+        MissingExtraError: The page was asked for, and matplotlib or Jinja2 is missing.
+    """
+    check_output_folder(output, overwrite=overwrite)
+    if html:
+        require_report_extra()
+
+
 def require_report_extra() -> None:
     """Raises MissingExtraError, before anything is measured, when the page could not be written."""
     for module, package in (("matplotlib", "matplotlib"), ("jinja2", "Jinja2")):
@@ -213,9 +228,11 @@ def require_report_extra() -> None:
             raise MissingExtraError(package, "report")
 
 
-def check_shapes(batch_sizes: Sequence[int], lengths: Sequence[int], rounds: int) -> None:
+def check_shapes(batch_sizes: Sequence[int], lengths: Sequence[int] | None, rounds: int) -> None:
     """Raises FlexCompressError for sizes that cannot be timed."""
     for name, values in (("batch_sizes", batch_sizes), ("lengths", lengths)):
+        if values is None:
+            continue
         if not values or any(value < 1 for value in values):
             raise FlexCompressError(f"{name} must be one or more positive numbers, not {list(values)}.")
     if rounds < 3:
@@ -234,6 +251,33 @@ def using_threads(threads: int | None):
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+def _timed_lengths(
+    artifacts: Mapping[str, Artifact], task: Task, asked: Sequence[int] | None, new_tokens: int
+) -> Sequence[int]:
+    """The lengths to time: those asked for, else 128 or what all models take.
+
+    Raises:
+        FlexCompressError: A model takes shorter inputs only.
+    """
+    # A decoder has to have room for what it generates, too.
+    generated = new_tokens if task.name == "text-generation" else 0
+    limits = {name: position_limit(artifact.config) for name, artifact in artifacts.items()}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    name = min(limits, key=limits.get, default=None)
+    if name is None or task.name == "image-classification":
+        return asked or [TIMED_LENGTH]
+    longest = limits[name] - generated
+    if asked is None and longest >= 1:
+        return [min(TIMED_LENGTH, longest)]
+    if asked is None or max(asked) > longest:
+        needed = generated + (1 if asked is None else max(asked))
+        advice = f"--lengths {longest}" if longest >= 1 else f"--new-tokens below {limits[name]}"
+        raise FlexCompressError(
+            f"{name} takes at most {limits[name]} tokens: {needed} is too long to be measured, give {advice}."
+        )
+    return asked
 
 
 def _prepare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
+from ..architectures import position_limit
 from ..errors import FlexCompressError
 from ..tasks.base import Task
 
@@ -31,7 +32,7 @@ def example_batch(
     if task.name == "image-classification":
         size = config.image_size if isinstance(config.image_size, list | tuple) else [config.image_size] * 2
         return {"pixel_values": torch.rand(batch_size, config.num_channels, *size, generator=generator)}
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = position_limit(config)
     if limit is not None and length > limit:
         raise FlexCompressError(f"The model takes at most {limit} tokens: {length} is too long to be measured.")
     # The lowest ids are where vocabularies keep their special tokens; one of them could end a generation or be

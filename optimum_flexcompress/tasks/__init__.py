@@ -6,7 +6,7 @@ import importlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FlexCompressError, nearest
 
@@ -102,10 +102,17 @@ def infer_task(folder: str | os.PathLike) -> str:
     )
 
 
+def has_head(auto_class: Any, config: Any) -> bool:
+    """Whether a model with this configuration was saved by the class that `auto_class` would load it with."""
+    classes = auto_class._model_mapping.get(type(config), ())
+    classes = classes if isinstance(classes, (tuple, list)) else (classes,)
+    return any(cls.__name__ in (config.architectures or ()) for cls in classes)
+
+
 def __getattr__(name: str):
     if name in ("Task", "Prepared", "Column"):
         return getattr(importlib.import_module(".base", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["TASKS", "Column", "Prepared", "Task", "get_task", "infer_task"]
+__all__ = ["TASKS", "Column", "Prepared", "Task", "get_task", "has_head", "infer_task"]

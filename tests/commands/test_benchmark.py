@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 
 import pytest
 from optimum.commands.flexcompress.benchmark import BenchmarkCommand
@@ -71,6 +73,34 @@ def test_json_on_the_standard_output(folder, capsys):
         "--columns", "text=opinion", "label=verdict", "--max-samples", "2", "--json", *QUICK,
     )  # fmt: skip
     assert code == 0 and json.loads(capsys.readouterr().out)["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full; make room, or run again with -o on another disk."),
+        (errno.EIO, "Input/output error; run again with another -o."),
+    ],
+)
+def test_what_cannot_be_written_is_shown_first(folder, tmp_path, capsys, monkeypatch, number, reason):
+    def fail(path, text):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("optimum_flexcompress.evaluation.report.write_text_atomically", fail)
+    code = run(
+        folder / "teacher", "--dataset", folder / "reviews.csv", "--columns", "text=opinion", "label=verdict",
+        "-o", tmp_path / "report", "--no-html", "--json", *QUICK,
+    )  # fmt: skip
+    captured = capsys.readouterr()
+    assert code == 1 and json.loads(captured.out)["models"][0]["latency"]["1x8"]["median"] > 0
+    error = f"error: the report above could not be written to {tmp_path / 'report'}: {reason}"
+    assert captured.err.splitlines()[-1] == error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_way_comes_before_the_work(folder, capsys):
+    code = run(folder / "teacher", "--dataset", "nowhere.csv", "-o", folder)
+    assert code == 1 and "is not empty: choose another folder, or add --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

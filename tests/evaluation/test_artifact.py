@@ -140,6 +140,21 @@ def test_what_cannot_be_opened(tmp_path, classifiers, exported):
     assert find_backend(tmp_path / "model.onnx") == "onnxruntime"
 
 
+def test_a_head_is_not_made_up(tmp_path):
+    bare = save(tmp_path / "bare", "bert", "BertModel")
+    message = (
+        r"bare has no head for text-classification \(it is a BertModel\): fine-tune it first, or give --task feat"
+    )
+    with pytest.raises(FlexCompressError, match=message):
+        open_artifact(bare, "text-classification")
+    assert open_artifact(bare).task.name == "feature-extraction"
+    # Another class may have been saved with the same head.
+    both = save(tmp_path / "both", "bert", "BertForPreTraining")
+    assert type(open_artifact(both, "fill-mask").model).__name__ == "BertForMaskedLM"
+    with pytest.raises(FlexCompressError, match="has no head for question-answering"):
+        open_artifact(both, "question-answering")
+
+
 def test_several_onnx_models_in_one_folder(exported, tmp_path):
     import shutil
 

@@ -6,7 +6,9 @@ import pytest
 from datasets import DatasetDict
 
 from optimum_flexcompress.errors import FlexCompressError, MissingExtraError
-from optimum_flexcompress.evaluation import Report, run_benchmark
+from optimum_flexcompress.evaluation import Report, open_artifact, run_benchmark
+from optimum_flexcompress.evaluation.benchmark import _timed_lengths
+from optimum_flexcompress.evaluation.inputs import example_batch
 from optimum_flexcompress.evaluation.models import name_models
 from optimum_flexcompress.evaluation.workloads import timed_shapes
 from optimum_flexcompress.export import export_onnx
@@ -53,7 +55,9 @@ def test_classification_with_an_onnx_model(classifiers, rows, tmp_path):
 
 def test_memory_of_each_model(classifiers, rows):
     quick = {**QUICK, "memory": True, "batch_sizes": (1,), "stream_rows": 0}
+    quick.pop("lengths")
     report = run_benchmark([classifiers / "teacher"], data=rows, max_samples=4, **quick)
+    assert report.settings["lengths"] == [64]
     assert report.rows == 4 and report["teacher"].memory["peak"] > report["teacher"].memory["imports"]
 
 
@@ -125,8 +129,29 @@ def test_generating_models_in_onnx_runtime(task, rows, tmp_path):
 
 def test_generated_tokens_must_fit_too(tmp_path, rows):
     save(tmp_path / "gpt2", "gpt2", "GPT2LMHeadModel")
-    with pytest.raises(FlexCompressError, match="at most 64 tokens: 65 is too long"):
+    with pytest.raises(FlexCompressError, match="at most 64 tokens: 65 is too long.* give --lengths 61"):
         run_benchmark([tmp_path / "gpt2"], data=rows, **{**QUICK, "lengths": (62,)})
+    with pytest.raises(
+        FlexCompressError, match="gpt2 takes at most 64 tokens: 65 is too long.* --new-tokens below 64"
+    ):
+        run_benchmark([tmp_path / "gpt2"], data=rows, **{**QUICK, "lengths": None, "new_tokens": 64})
+
+
+def test_lengths_are_what_the_models_take(tmp_path, named):
+    artifacts = {
+        name: open_artifact(save(tmp_path / name, name, f"{kind}ForSequenceClassification", **named, **more))
+        for name, kind, more in (("bert", "Bert", {"max_position_embeddings": 512}), ("roberta", "Roberta", {}))
+    }
+    task = get_task("text-classification")
+    # Two of the 64 positions of a RoBERTa are of no token.
+    assert _timed_lengths(artifacts, task, None, 3) == [62]
+    assert _timed_lengths({"bert": artifacts["bert"]}, task, None, 3) == [128]
+    assert _timed_lengths(artifacts, task, [8, 62], 3) == [8, 62]
+    with pytest.raises(FlexCompressError, match="roberta takes at most 62 tokens: 63 is .* give --lengths 62"):
+        _timed_lengths(artifacts, task, [63], 3)
+    artifacts["roberta"].forward(example_batch(artifacts["roberta"].config, task, 1, 62))
+    with pytest.raises(FlexCompressError, match="at most 62 tokens"):
+        example_batch(artifacts["roberta"].config, task, 1, 63)
 
 
 def test_images(tmp_path, named):
@@ -192,7 +217,9 @@ def test_mistakes_come_before_the_work(classifiers, rows, tmp_path, monkeypatch)
         run(batch_sizes=[0])
     with pytest.raises(FlexCompressError, match="at least 3"):
         run(rounds=1)
-    with pytest.raises(FlexCompressError, match="at most 64 tokens"):
+    with pytest.raises(
+        FlexCompressError, match="at most 64 tokens: 100 is too long to be measured, give --lengths 64"
+    ):
         run(lengths=[8, 100])
     with pytest.raises(FlexCompressError, match="threads must be at least 1"):
         run(threads=0)

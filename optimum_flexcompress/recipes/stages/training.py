@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import FlexCompressError, nearest
+from ...tasks import has_head
 from .base import INPUT, Stage, StageContext, model_of, register_stage
 
 
@@ -317,13 +318,6 @@ def load_config(source: str | Path) -> Any:
     from ...tasks.base import load_pretrained
 
     return load_pretrained(AutoConfig, source)
-
-
-def has_head(auto_class: Any, config: Any) -> bool:
-    """Whether a model with this configuration was saved by the class that `auto_class` would load it with."""
-    classes = auto_class._model_mapping.get(type(config), ())
-    classes = classes if isinstance(classes, (tuple, list)) else (classes,)
-    return any(cls.__name__ in (config.architectures or ()) for cls in classes)
 
 
 def evaluate(trainer: Trainer, dataset: Any) -> dict[str, float]:
