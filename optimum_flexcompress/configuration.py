@@ -260,8 +260,8 @@ class FlexCompressConfig(BaseConfig):
             return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         except OSError as error:
             raise FlexCompressError(
-                f"{pretrained_model_name_or_path} holds no readable {cls.CONFIG_NAME} ({str(error).splitlines()[0]}): "
-                "give a folder that a FlexCompressTrainer saved."
+                f"{pretrained_model_name_or_path} holds no readable {cls.CONFIG_NAME}: give a folder that a "
+                "FlexCompressTrainer saved."
             ) from error
 
     def __eq__(self, other: object) -> bool:

@@ -90,7 +90,10 @@ def test_encoders_too(folder, tmp_path):
         (["--strategy", "gap.json"], "gap after module 2.1 (layers 2 to 3): nothing stands for layers 4 to 5"),
         (["--strategy", "coarse.json"], "this checkpoint was trained for 2, 3 there"),
         (["-m", "bert", "--strategy", "speed-first", "--ratio", "2"], "this model has the encoder alone"),
-        (["-m", "plain", "--ratio", "2"], "holds no readable flexcompress_config.json"),
+        (
+            ["-m", "plain", "--ratio", "2"],
+            "plain is no modular checkpoint: train one with ModularConfig, or with comp",
+        ),
         (["-m", "nowhere", "--ratio", "2"], "There is no folder nowhere"),
     ],
 )

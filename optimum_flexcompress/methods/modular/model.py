@@ -261,6 +261,10 @@ class ModularModel:
         folder = fetch_model(folder)
         if not folder.is_dir():
             raise FlexCompressError(f"There is no folder {folder}: check the path of the modular checkpoint.")
+        if not any((folder / name).is_file() for name in (MODULES_NAME, STATE_NAME)):
+            raise FlexCompressError(
+                f"{folder} is no modular checkpoint: train one with ModularConfig, or with compress --recipe modular."
+            )
         config = _config_of(folder)
         state = _read_modules(folder)
         model = load_pretrained(model_class or _class_of(folder), folder, **kwargs)
@@ -346,9 +350,5 @@ def _read_modules(folder: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise FlexCompressError(f"{path} is damaged ({error}): copy the folder again.") from error
-    if (folder / STATE_NAME).is_file():
-        state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)
-        return dict(state[ModularConfig.method_type]["modules"])
-    raise FlexCompressError(
-        f"{folder} holds no {MODULES_NAME}: give the folder that save_model wrote after modular training."
-    )
+    state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)
+    return dict(state[ModularConfig.method_type]["modules"])

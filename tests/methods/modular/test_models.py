@@ -161,7 +161,12 @@ def test_damaged_checkpoints(tmp_path):
         ModularModel.from_pretrained(tmp_path / "nowhere")
     modular = with_modules(deep("bert", "BertModel"))
     modular.model.save_pretrained(tmp_path)
-    with pytest.raises(FlexCompressError, match="holds no readable flexcompress_config.json"):
+    with pytest.raises(FlexCompressError, match="is no modular checkpoint: train one with ModularConfig"):
+        ModularModel.from_pretrained(tmp_path)
+    (tmp_path / MODULES_NAME).touch()
+    with pytest.raises(
+        FlexCompressError, match=r"holds no readable flexcompress_config.json: give a folder that a Flex"
+    ):
         ModularModel.from_pretrained(tmp_path)
     modular.save_pretrained(tmp_path)
     (tmp_path / "flexcompress_config.json").write_text('{"methods": [{"method_type": "distillation"}]}')
@@ -176,5 +181,5 @@ def test_damaged_checkpoints(tmp_path):
     with pytest.raises(FlexCompressError, match="is damaged"):
         ModularModel.from_pretrained(tmp_path)
     (tmp_path / MODULES_NAME).unlink()
-    with pytest.raises(FlexCompressError, match=f"holds no {MODULES_NAME}"):
+    with pytest.raises(FlexCompressError, match="is no modular checkpoint"):
         ModularModel.from_pretrained(tmp_path)
