@@ -12,12 +12,20 @@ from pathlib import Path
 from .errors import FlexCompressError
 
 
-def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> Path:
+def check_output_folder(
+    path: str | os.PathLike,
+    overwrite: bool = False,
+    *,
+    option: str = "-o/--output",
+    advice: str = "choose another folder, or add --overwrite to replace it",
+) -> Path:
     """Says early, before any long work, whether `path` can become an output folder.
 
     Args:
         path: The folder that is going to be written.
         overwrite: Whether an existing non-empty folder may be replaced.
+        option: Where the command line takes the path.
+        advice: What to do about a folder that is not empty.
 
     Returns:
         The path, absolute.
@@ -27,9 +35,9 @@ def check_output_folder(path: str | os.PathLike, overwrite: bool = False) -> Pat
     """
     path = Path(path).expanduser().absolute()
     if path.exists() and not path.is_dir():
-        raise FlexCompressError(f"{path} is a file: give -o/--output the name of a new folder.")
+        raise FlexCompressError(f"{path} is a file: give {option} the name of a new folder.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise FlexCompressError(f"{path} is not empty: choose another folder, or add --overwrite to replace it.")
+        raise FlexCompressError(f"{path} is not empty: {advice}.")
     parent = path.parent
     while not parent.exists():
         parent = parent.parent

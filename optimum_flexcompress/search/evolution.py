@@ -67,6 +67,13 @@ class Space(Protocol):
         """Any candidate."""
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises [`FlexCompressError`] unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        option = name.replace("_", "-")
+        raise FlexCompressError(f"{name} (--{option}) is {value!r}: give a whole number of at least {least}.")
+
+
 class Evolution:
     """A search on a database, which it goes on with where there is one.
 
@@ -101,8 +108,7 @@ class Evolution:
         seed: int = 42,
     ):
         for name, value, least in (("population", population, 2), ("trials", trials, 1), ("patience", patience, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise FlexCompressError(f"{name} is {value!r}: give a whole number of at least {least}.")
+            check_count(name, value, least)
         self.space, self.population, self.patience, self.focus, self.seed = space, population, patience, focus, seed
         self.trials = min(trials, space.size)
         self._sign = 1 if greater_is_better else -1

@@ -147,8 +147,8 @@ class Front:
         if max_latency is not None:
             if objective != "latency":
                 raise FlexCompressError(
-                    "max_latency needs measured latencies: search with objective latency, or give max_cost, a share of "
-                    "the full model's multiply-accumulates."
+                    "max_latency needs measured latencies: search with objective latency (--objective latency), or give "
+                    "max_cost (--max-cost), a share of the full model's multiply-accumulates."
                 )
             if not isinstance(max_latency, int | float) or not 0 < max_latency < math.inf:
                 raise FlexCompressError(f"max_latency is {max_latency!r}: give milliseconds, more than 0.")

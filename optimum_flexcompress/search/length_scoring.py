@@ -167,5 +167,5 @@ class LengthScorer:
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> str:
     """Raises [`FlexCompressError`] unless `value` is one of `known`."""
     if value not in known:
-        raise FlexCompressError(f"{name} is {value!r}.{nearest(str(value), known)}")
+        raise FlexCompressError(f"{name} (--{name}) is {value!r}.{nearest(str(value), known)}")
     return value

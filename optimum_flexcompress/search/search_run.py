@@ -59,9 +59,12 @@ class SearchRun:
         if save_pick is not None:
             if not self._asked:
                 raise FlexCompressError(
-                    "save_pick needs something to pick by: give max_drop, max_cost or max_latency."
+                    "save_pick needs something to pick by: give max_drop (--max-drop), max_cost (--max-cost) or "
+                    "max_latency (--max-latency)."
                 )
-            check_output_folder(save_pick)
+            check_output_folder(
+                save_pick, option="--save-pick", advice="choose another folder for --save-pick, or remove it"
+            )
         self._draw = None
         if picture and output is not None:
             from .picture import draw_front

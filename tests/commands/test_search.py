@@ -76,6 +76,10 @@ def test_json(folder, tmp_path, capsys):
         (["--objective", "mac"], 'Did you mean "macs"'),
         (["--storage", "sqlite:////no/where/at.db"], "cannot be opened (unable to open database file)"),
         (["--columns", "text"], "write it as ROLE=NAME"),
+        (["--max-latency", "4"], "search with objective latency (--objective latency), or give max_cost (--max-cost)"),
+        (["--max-drop", "1%", "--save-pick", "model"], "choose another folder for --save-pick, or remove it."),
+        (["--max-drop", "1%", "--save-pick", "reviews.csv"], "is a file: give --save-pick the name of a new folder."),
+        (["--batch-size", "0"], "batch_size (--batch-size) is 0: give a whole number of at least 1."),
         (["-m", "decoder"], "is a decoder, which cannot drop tokens"),
     ],
 )

@@ -43,8 +43,12 @@ def test_overwriting_is_asked_for_and_loses_nothing(tmp_path):
 
 def test_refusals(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FlexCompressError, match="is a file"):
+    with pytest.raises(FlexCompressError, match="is a file: give -o/--output the name of a new folder"):
         check_output_folder(tmp_path / "file")
+    with pytest.raises(FlexCompressError, match="is a file: give --save-pick the name of a new folder"):
+        check_output_folder(tmp_path / "file", option="--save-pick")
+    with pytest.raises(FlexCompressError, match=r"is not empty: remove it\."):
+        check_output_folder(tmp_path, advice="remove it")
     with pytest.raises(FlexCompressError, match=r"cannot be created.*choose another folder"):
         check_output_folder(tmp_path / "file" / "below")
     with pytest.raises(FlexCompressError, match="cannot be created"):

@@ -147,6 +147,10 @@ def test_what_it_refuses(bert, tmp_path):
         search_assemblies(tmp_path / "nowhere", REVIEWS)
     with pytest.raises(FlexCompressError, match='Did you mean "latency"'):
         search_assemblies(bert, REVIEWS, objective="latencies")
+    for name in ("batch_size", "latency_batch_size", "new_tokens"):
+        with pytest.raises(FlexCompressError, match=f"{name} .* is 0: give a whole number of at least 1"):
+            search_assemblies(bert, REVIEWS, output=tmp_path / "front", **{name: 0})
+    assert not (tmp_path / "front").exists()
     with pytest.raises(FlexCompressError, match="save_pick needs something to pick by"):
         search_assemblies(bert, REVIEWS, save_pick=tmp_path / "pick")
 
