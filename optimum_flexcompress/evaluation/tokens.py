@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures import position_limit
 from ..errors import FlexCompressError
 from ..output import write_text_atomically
 from ..token_dropping import LengthConfig, kept_positions, lengths_of, using_lengths
@@ -18,6 +19,8 @@ from ..token_dropping import LengthConfig, kept_positions, lengths_of, using_len
 # How tokenizers write the white space that belongs to a token, and how it is shown where it is all there is.
 SPACE_MARKS = "▁Ġ"
 WHITE_SPACE = "␣"
+# What tokenizers without a limit say is far above this many tokens.
+UNLIMITED = 1e6
 
 
 @dataclass
@@ -174,13 +177,14 @@ def trace_tokens(
             f"{type(tokenizer).__name__} does not tell which part of the text a token stands for: load the fast "
             "tokenizer of the model, as AutoTokenizer does."
         )
-    limits = [max_length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits = [max_length, tokenizer.model_max_length, position_limit(model.config)]
+    limits = [limit for limit in limits if limit is not None and limit <= UNLIMITED]
     split = not isinstance(text, str)
     encoded = tokenizer(
         list(text) if split else text,
         text_pair,
-        truncation=True,
-        max_length=min(limit for limit in limits if limit is not None),
+        truncation=bool(limits),
+        max_length=min(limits, default=None),
         is_split_into_words=split,
         return_offsets_mapping=True,
         return_tensors="pt",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Integral, Real
 from typing import Any
 
 from ..errors import FlexCompressError, nearest
@@ -94,7 +95,12 @@ class LengthConfig:
             raise FlexCompressError(
                 f'A length configuration is {value!r}: give a list such as [128, 96, 64] or [1.0, 0.75, 0.5], or "full".'
             )
-        fractions = any(isinstance(item, float) for item in value)
+        fractions = any(_is_number(item) and not isinstance(item, Integral) for item in value)
+        # A 1 among fractions is a whole.
+        if fractions and any(_is_count(item) and item > 1 for item in value):
+            raise FlexCompressError(
+                f"The lengths {list(value)} mix counts and fractions: give whole numbers alone, or fractions of at most 1."
+            )
         return cls(tuple(value), "fractions" if fractions else "counts", max_length)
 
     @classmethod
@@ -178,9 +184,13 @@ def kept_of(tokens: Any, numerator: int) -> Any:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
 
 def _is_fraction(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and 0 < value <= 1
+    return _is_number(value) and math.isfinite(value) and 0 < value <= 1
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one of Python's or NumPy's; `True` counts as none."""
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -127,6 +127,15 @@ def test_long_texts_are_cut(model):
     assert trace_tokens(model, tokenizer, "good film " * 50, max_length=10).tokens == 10
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "tokens"), [("bert", "BertModel", 64), ("roberta", "RobertaModel", 62), ("t5", "T5Model", 102)]
+)
+def test_tokenizers_without_a_limit(family, name, tokens):
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    assert trace_tokens(build(family, name), tokenizer, "good film " * 50).tokens == tokens
+
+
 def test_what_cannot_be_traced(model, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(PIECES))
     with pytest.raises(FlexCompressError, match="BertTokenizer does not tell .* load the fast tokenizer"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -29,7 +30,8 @@ from tests.tiny import build, inputs_for, outputs_of
         ([7, 0, 0], r"layer 1 is 0: counts are whole numbers of at least 1"),
         ([0.5, 0.0, 0.0], r"layer 1 is 0.0: fractions are above 0 and at most 1"),
         ([1.5, 1.0, 0.5], r"layer 0 is 1.5: fractions are above 0"),
-        ([128, 0.5, 0.2], r"layer 0 is 128: fractions are above 0"),
+        ([128, 0.5, 0.2], r"mix counts and fractions: give whole numbers alone, or fractions of at most 1"),
+        ([4, 3.0, 2], r"The lengths \[4, 3.0, 2\] mix counts and fractions"),
         ([7, -1, -2], r"layer 1 is -1"),
         ([True, 1, 1], r"layer 0 is True"),
         (["7", 5, 3], r"layer 0 is '7'"),
@@ -60,6 +62,9 @@ def test_units():
     assert LengthConfig.parse([1.0, 0.5, 0.25]).at(10) == [10, 5, 3]
     assert LengthConfig.parse([1, 0.5, 0.25]).unit == "fractions"
     assert LengthConfig.parse([1, 1, 1]).unit == "counts"
+    assert LengthConfig.parse([np.int64(7), np.int32(5), 3]) == LengthConfig((7, 5, 3))
+    assert LengthConfig.parse([np.float32(0.5), np.float64(0.25)]) == LengthConfig((0.5, 0.25), "fractions")
+    assert all(type(value) is int for value in LengthConfig.parse([np.int64(7)]).to_dict()["counts"])
     assert LengthConfig.parse("full") is None
     assert LengthConfig.parse(json.loads(json.dumps(counts.to_dict()))) == counts
     assert counts.to_dict()["fractions"] == [315 / 384, 251 / 384, 33 / 384]
