@@ -69,6 +69,7 @@ optimum-cli flexcompress assemble -m me/modular-t5 --ratio 2 -o t5-half --push-t
         check_output_folder(args.output, overwrite=args.overwrite)
         repository = hub_target(args, args.output)
 
+        from optimum_flexcompress.evaluation.formatting import counted
         from optimum_flexcompress.methods.modular import Assembly, ModularModel
 
         # Before the model is loaded.
@@ -77,7 +78,7 @@ optimum-cli flexcompress assemble -m me/modular-t5 --ratio 2 -o t5-half --push-t
         if assembly is None:
             assembly = modular.choose(args.strategy, args.ratio)
         assembly = modular.save_assembled(assembly, args.output, source=args.model, overwrite=args.overwrite)
-        full = sum(modular.depths.values())
+        full, layers = sum(modular.depths.values()), counted(assembly.layers, "layer")
         self.show(
             f"{assembly.summary()}\n{full} layers became {assembly.layers}: a ratio of {assembly.ratio:.4g}",
             {
@@ -90,4 +91,4 @@ optimum-cli flexcompress assemble -m me/modular-t5 --ratio 2 -o t5-half --push-t
         )
         print(f"Wrote {args.output}")
         if repository is not None:
-            print(push(repository, args.output, f"Upload model of {assembly.layers} layers"))
+            print(push(repository, args.output, f"Upload model of {layers}"))

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .formatting import counted
+
 
 # In the order of what int8 kernels gain from them; the last three are Arm's.
 INT8_FLAGS = (
@@ -84,7 +86,8 @@ def describe_environment(info: dict[str, Any]) -> str:
     versions = info["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in _NAMED if name in versions)
     flags = " ".join(info["flags"]) or "no int8 instruction sets found"
-    text = f"{info['cpu']} ({info['usable_cores']} cores; {flags}), {info['threads']} threads; {named}"
+    cores, threads = counted(info["usable_cores"], "core"), counted(info["threads"], "thread")
+    text = f"{info['cpu']} ({cores}; {flags}), {threads}; {named}"
     for lane, other in info.get("lanes", {}).items():
         named = ", ".join(f"{name} {other['versions'][name]}" for name in _NAMED if name in other["versions"])
         text += f"; lane {lane}: {named}"

@@ -37,6 +37,11 @@ def format_count(value: float | None) -> str:
     return MISSING if value is None else _scaled(value, 1000, ("", " k", " M", " G", " T"))
 
 
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """`1 thread`, `2 threads`; without a plural, that is the word with an s."""
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
 def format_bytes(value: float | None) -> str:
     """`90868592` as `90.9 MB`."""
     return MISSING if value is None else _scaled(value, 1000, (" B", " kB", " MB", " GB", " TB"))

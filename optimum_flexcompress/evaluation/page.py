@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingExtraError
 from .environment import describe_environment
-from .formatting import format_bytes, format_change, format_metric, format_share
+from .formatting import counted, format_bytes, format_change, format_metric, format_share
 from .tokens import TokenTrace, step_name
 
 
@@ -61,6 +61,7 @@ def render_page(report: Report) -> str:
             scatter=[Markup(picture) for picture in scatter if picture],
             classes=[Markup(picture) for picture in classes if picture],
             environment=describe_environment(report.environment),
+            counted=counted,
             format_share=format_share,
             format_bytes=format_bytes,
         )

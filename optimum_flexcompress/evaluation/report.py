@@ -13,6 +13,7 @@ from ..output import write_text_atomically
 from .environment import describe_environment
 from .formatting import (
     MISSING,
+    counted,
     format_bytes,
     format_change,
     format_count,
@@ -307,7 +308,8 @@ class Report:
 
     def table(self) -> str:
         """The report for a terminal."""
-        parts = [f"{self.task} on {self.dataset}, split {self.split} ({self.rows} rows); baseline: {self.baseline}"]
+        rows = counted(self.rows, "row")
+        parts = [f"{self.task} on {self.dataset}, split {self.split} ({rows}); baseline: {self.baseline}"]
         parts.append(text_table(*self.summary_rows()))
         header, rows = self.time_rows()
         if len(header) > 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..evaluation.formatting import counted
 from ..output import check_output_folder
 from .configuration import FlexORTQuantizationConfig
 from .ort import FileReport, FlexORTQuantizer
@@ -37,14 +38,14 @@ class QuantizedFolder:
             kind = "static" if file.static and not file.dynamic else "dynamic" if not file.static else "mixed"
             parts = [
                 f"{name}: {file.bytes_before / 1e6:.1f} MB -> {file.bytes_after / 1e6:.1f} MB",
-                f"{products} int8 products ({kind})",
+                f"{counted(products, 'int8 product')} ({kind})",
             ]
             if file.tables:
-                parts.append(f"{file.tables} int8 embedding tables")
+                parts.append(counted(file.tables, "int8 embedding table"))
             if file.attentions:
-                parts.append(f"{file.attentions} attentions fused")
+                parts.append(f"{counted(file.attentions, 'attention')} fused")
             if file.dropping_layers:
-                parts.append(f"{file.dropping_layers} layers drop tokens")
+                parts.append(counted(file.dropping_layers, "layer drops tokens", "layers drop tokens"))
             if file.first_token_only:
                 parts.append("last layer cut to the first token")
             lines.append(", ".join(parts))

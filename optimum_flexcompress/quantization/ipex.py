@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import describe
 from ..errors import FlexCompressError
+from ..evaluation.formatting import counted
 from ..evaluation.inputs import example_batch
 from ..export.dropping import dropping_length
 from ..output import atomic_folder, check_output_folder
@@ -77,12 +78,12 @@ class IPEXFolder:
         """A few lines for people."""
         parts = [
             f"{MODEL_NAME}: {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB",
-            f"{self.products} int8 products ({self.config.mode})",
+            f"{counted(self.products, 'int8 product')} ({self.config.mode})",
         ]
         if self.tables:
-            parts.append(f"{self.tables} int8 embedding tables")
+            parts.append(counted(self.tables, "int8 embedding table"))
         if self.dropping_layers:
-            parts.append(f"{self.dropping_layers} layers drop tokens")
+            parts.append(counted(self.dropping_layers, "layer drops tokens", "layers drop tokens"))
         expectation = self.config.expectation()
         return ", ".join(parts) + (f"\n{expectation}" if expectation else "")
 

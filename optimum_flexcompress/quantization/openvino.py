@@ -18,6 +18,7 @@ from optimum.utils.save_utils import maybe_save_preprocessors
 from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import FlexCompressError, MissingExtraError, nearest
+from ..evaluation.formatting import counted
 from ..export.fusion import FusionReport
 from ..export.graph import MICROSOFT, load_model, save_model
 from ..export.onnx import export_onnx
@@ -74,10 +75,10 @@ class OpenVINOFolder:
         """A few lines for people."""
         parts = [
             f"{IR_NAME}: {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB",
-            f"{self.products} int8 products (static)",
+            f"{counted(self.products, 'int8 product')} (static)",
         ]
         if self.report.choices:
-            parts.append(f"{self.report.choices} layers drop tokens")
+            parts.append(counted(self.report.choices, "layer drops tokens", "layers drop tokens"))
         if self.report.first_token_only:
             parts.append("last layer cut to the first token")
         return ", ".join(parts) + (f"\n{SLOW}" if self.target.reduce_range else "")

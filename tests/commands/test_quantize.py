@@ -42,7 +42,7 @@ def test_an_int8_folder_that_loads(folder, tmp_path, capsys, mode):
     data = ["--dataset", folder / "reviews.csv", "--columns", "text=opinion", "label=verdict", "--samples", "2"]
     code = run("-m", folder / "model", "--mode", mode, "-o", tmp_path / "int8", *(data if mode == "static" else []))
     out = capsys.readouterr().out
-    assert code == 0 and f"int8 products ({mode})" in out and "threads; torch" in out
+    assert code == 0 and f"int8 products ({mode})" in out and " thread" in out and "; torch" in out
     model = ORTModelForSequenceClassification.from_pretrained(tmp_path / "int8")
     assert model.config.id2label == {0: "x", 1: "y", 2: "z"}
     assert torch.isfinite(model(**inputs_for(build("bert", "BertForSequenceClassification"))).logits).all()

@@ -24,7 +24,9 @@ def test_the_environment_names_machine_threads_and_versions():
     assert info["threads"] == 3 and environment_info()["threads"] == torch.get_num_threads()
     assert info["versions"]["torch"] == torch.__version__
     assert 1 <= info["usable_cores"] <= info["cores"]
-    assert "3 threads" in describe_environment(info) and torch.__version__ in describe_environment(info)
+    assert "3 threads;" in describe_environment(info) and torch.__version__ in describe_environment(info)
+    alone = describe_environment({**info, "threads": 1, "usable_cores": 1})
+    assert "1 thread;" in alone and "(1 core;" in alone
 
 
 def test_flags_come_from_the_processor(monkeypatch, tmp_path):

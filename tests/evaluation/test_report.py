@@ -14,6 +14,7 @@ import pytest
 from optimum_flexcompress.errors import FlexCompressError, MissingExtraError
 from optimum_flexcompress.evaluation import Report, environment_info
 from optimum_flexcompress.evaluation.formatting import (
+    counted,
     format_bytes,
     format_change,
     format_count,
@@ -203,6 +204,10 @@ def test_missing_packages_name_their_extra(report, monkeypatch, tmp_path):
         (format_count(1000), "1.00 k"),
         (format_count(22_713_216), "22.7 M"),
         (format_count(0), "0"),
+        (counted(1, "thread"), "1 thread"),
+        (counted(0, "thread"), "0 threads"),
+        (counted(1, "layer drops tokens", "layers drop tokens"), "1 layer drops tokens"),
+        (counted(2, "layer drops tokens", "layers drop tokens"), "2 layers drop tokens"),
         (format_bytes(90_868_592), "90.9 MB"),
         (format_seconds(0.0000125), "12.5 µs"),
         (format_seconds(0.01234), "12.3 ms"),
