@@ -28,6 +28,20 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 _NOISY = ("torchao", "torch.utils._pytree")
 
 
+# For the help, which cannot import them: the keys of `optimum_flexcompress.tasks.TASKS`.
+_TASKS = (
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "fill-mask",
+    "text-generation",
+    "text2text-generation",
+    "image-classification",
+    "feature-extraction",
+)
+TASKS = f"{', '.join(_TASKS[:-1])} or {_TASKS[-1]}"
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, turned into an exception so that half-written output is removed on the way out."""
 

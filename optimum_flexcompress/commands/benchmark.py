@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument, read_columns
+from optimum.commands.flexcompress.base import TASKS, FlexCompressCommand, add_json_argument, read_columns
 
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.
             "models",
             nargs="+",
             metavar="DIR",
-            help="Model folders, PyTorch or ONNX (or one .onnx file in a folder that holds several).",
+            help="Model folders, PyTorch, ONNX (or one .onnx file in a folder that holds several), OpenVINO or IPEX, or "
+            "ids on the Hugging Face Hub.",
         )
         required.add_argument(
             "--baseline", metavar="DIR", help="The model to compare the others with (default: the first DIR)."
@@ -49,7 +50,9 @@ optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.
         )
         required.add_argument("-o", "--output", metavar="REPORT", help="Folder for report.json and report.html.")
         data = parser.add_argument_group("data")
-        data.add_argument("--task", help="What the models are for (default: read from the baseline's config.json).")
+        data.add_argument(
+            "--task", help=f"What the models are for: {TASKS} (default: read from the baseline's config.json)."
+        )
         data.add_argument("--split", help="Split to evaluate (default: test, else validation, else train).")
         data.add_argument(
             "--columns",
@@ -116,7 +119,9 @@ optimum-cli flexcompress benchmark student-openvino student-ipex --python ipex=.
             metavar="S",
             help="Rough bound for timing one shape, all models together (default: 60).",
         )
-        timing.add_argument("--threads", type=int, metavar="N", help="Threads for PyTorch and ONNX Runtime.")
+        timing.add_argument(
+            "--threads", type=int, metavar="N", help="Threads for PyTorch and ONNX Runtime (default: PyTorch's)."
+        )
         timing.add_argument(
             "--python",
             action="append",

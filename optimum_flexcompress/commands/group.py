@@ -23,6 +23,12 @@ class FlexCompressGroupCommand(BaseOptimumCLICommand):
         for command in _COMMANDS
     )
 
+    EXAMPLES = """\
+optimum-cli flexcompress compress -m bert-base-uncased --dataset reviews.csv --task text-classification \\
+    --recipe distil-int8 -o small
+optimum-cli flexcompress benchmark small/best --baseline small/finetune --dataset reviews.csv -o report
+"""
+
     @staticmethod
     def parse_args(parser):
-        describe_parser(parser, FlexCompressGroupCommand.COMMAND.help, "")
+        describe_parser(parser, FlexCompressGroupCommand.COMMAND.help, FlexCompressGroupCommand.EXAMPLES)

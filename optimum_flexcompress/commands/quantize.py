@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument, read_columns
+from optimum.commands.flexcompress.base import TASKS, FlexCompressCommand, add_json_argument, read_columns
 from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target, push
 
 
@@ -35,7 +35,7 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
             help="Model folder, PyTorch (compressed or not) or ONNX, or id on the Hugging Face Hub.",
         )
         required.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder for the int8 model.")
-        required.add_argument("--task", help="What the model is for (default: read from its config.json).")
+        required.add_argument("--task", help=f"What the model is for: {TASKS} (default: read from its config.json).")
         how = parser.add_argument_group("how")
         how.add_argument(
             "--backend",

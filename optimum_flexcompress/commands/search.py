@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument, read_columns
+from optimum.commands.flexcompress.base import TASKS, FlexCompressCommand, add_json_argument, read_columns
 from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target, push
 
 
@@ -60,7 +60,7 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             default="pytorch",
             help="What runs the configurations: pytorch, or ONNX Runtime as ort or ort-int8 (default: %(default)s).",
         )
-        required.add_argument("--task", help="What the model is for (default: read from its config.json).")
+        required.add_argument("--task", help=f"What the model is for: {TASKS} (default: read from its config.json).")
         pick = parser.add_argument_group("what to pick")
         pick.add_argument(
             "--max-drop",
@@ -139,7 +139,9 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             metavar="N",
             help="Tokens that generating models generate (default: %(default)s).",
         )
-        how.add_argument("--threads", type=int, metavar="N", help="Threads for PyTorch and ONNX Runtime.")
+        how.add_argument(
+            "--threads", type=int, metavar="N", help="Threads for PyTorch and ONNX Runtime (default: PyTorch's)."
+        )
         result = parser.add_argument_group("result")
         add_json_argument(result, "the front as JSON instead of a table")
         result.add_argument(

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from optimum.commands.flexcompress.base import _TASKS
 from optimum.commands.optimum_cli import main
 
 from optimum_flexcompress.recipes import list_recipes
+from optimum_flexcompress.tasks import TASKS
 
 
 COMMANDS = ("compress", "assemble", "search", "quantize", "benchmark")
@@ -45,6 +47,7 @@ def test_the_commands_are_listed(arguments):
     assert done.stderr == "imported:\n"
     for command in COMMANDS:
         assert command in done.stdout
+    assert "examples:" in done.stdout and "optimum-cli flexcompress benchmark small/best" in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,6 +56,13 @@ def test_help_imports_nothing_heavy(command):
     assert done.returncode == 0
     assert "--debug" in done.stdout and "examples:" in done.stdout
     assert done.stderr == "imported:\n"
+
+
+def test_help_names_the_tasks():
+    assert list(_TASKS) == list(TASKS)
+    for command in ("benchmark", "quantize", "search"):
+        text = " ".join(optimum_cli("flexcompress", command, "--help").stdout.split())
+        assert all(task in text.replace("- ", "-") for task in TASKS)
 
 
 def test_lists_the_recipes():
