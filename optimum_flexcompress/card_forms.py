@@ -45,7 +45,11 @@ class Form:
             import_reason: For Transformers: why the plugin has to be imported first; None where that is not needed.
         """
         if self.is_pytorch:
-            imports = ["import optimum_flexcompress  # pip install optimum-flexcompress"] if import_reason else []
+            imports = (
+                ["import optimum_flexcompress  # install optimum-flexcompress from its repository"]
+                if import_reason
+                else []
+            )
             imports.append(f"from transformers import {model_class}")
             sentence = import_reason or "It loads in Transformers without any plugin."
         else:

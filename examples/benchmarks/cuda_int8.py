@@ -6,7 +6,7 @@ ONNX Runtime with TensorRT in fp16 and int8. Every round times each of them once
 every call waits for its result. What is not installed is left out, and the report says so. On real questions of
 Banking77, whose rows come with this repository, it also tells how near the outputs are to those in fp32.
 
-    pip install "optimum-flexcompress[cuda,demo]" && pip uninstall -y onnxruntime && pip install onnxruntime-gpu tensorrt
+    pip install ".[cuda,demo]" && pip uninstall -y onnxruntime && pip install onnxruntime-gpu tensorrt
     python examples/benchmarks/cuda_int8.py
     python examples/benchmarks/cuda_int8.py --models minilm --shapes 32x384 --rounds 3     # a quick look
     python examples/benchmarks/cuda_int8.py --smoke       # without a GPU: does it run at all? no figures

@@ -11,7 +11,7 @@ The answer (`results/inductor_int8.json`, one thread with AVX512-VNNI): it takes
 program holds weights in single precision, and every process compiles it again, which takes longer than some thousands
 of requests. So there is no `--backend inductor`.
 
-    pip install "optimum-flexcompress[torchao,demo]"
+    pip install ".[torchao,demo]"
     python examples/benchmarks/inductor_int8.py
     python examples/benchmarks/inductor_int8.py --shapes 1x128 --rounds 3     # a quick look
 """

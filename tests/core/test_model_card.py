@@ -29,7 +29,7 @@ def test_card_names_the_import_where_it_is_needed(tmp_path):
         tmp_path, ragged, methods=["distillation"], base_model="org/base", metrics={"accuracy": 0.5}
     )
     card = ModelCard.load(path)
-    assert "import optimum_flexcompress" in card.text
+    assert "import optimum_flexcompress  # install optimum-flexcompress from its repository" in card.text
     assert "hidden size 20" in card.text
     assert "| accuracy | 0.5 |" in card.text
     assert card.data.base_model == "org/base"

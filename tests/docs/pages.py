@@ -18,7 +18,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -204,13 +204,14 @@ def with_small_settings(words: list[str]) -> list[str]:
     return [*head, command, *settings, *rest]
 
 
-def run_page(page: str, folder: str, setup: str = "") -> int:
+def run_page(page: str, folder: str, setup: str = "", stand_ins: Mapping[str, str] | None = None) -> int:
     """Runs a page in a folder, and returns how many blocks ran.
 
     Args:
         page: The file.
         folder: Where to run it.
         setup: Python code that makes what a page takes for granted.
+        stand_ins: Folders that a page names but nothing here makes, and those that take their place.
     """
     import logging
     import random
@@ -227,6 +228,9 @@ def run_page(page: str, folder: str, setup: str = "") -> int:
     try:
         exec(setup, session.namespace)
         for block in blocks_of(Path(page)):
+            for name, other in (stand_ins or {}).items():
+                if Path(other).is_dir() and not Path(name).exists():
+                    Path(name).symlink_to(Path(other).absolute())
             session.run(block)
     finally:
         os.chdir(before)
