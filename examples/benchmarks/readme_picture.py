@@ -72,6 +72,9 @@ def draw(lines: dict[str, Line], file: Path) -> None:
                 color=color,
             )
     axes.axhline(99, color="#999999", linewidth=0.8, linestyle="--")
+    axes.annotate(
+        "1 % lost", (1, 99), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color="#666666"
+    )
     axes.set_xscale("log")
     ticks = [1, 2, 4, 8, 16]
     axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
