@@ -26,8 +26,6 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 # Transformers imports torchao where it is installed, which warns of kernels for GPUs that this machine does not have,
 # and makes torch warn of how it registers its types.
 _NOISY = ("torchao", "torch.utils._pytree")
-
-
 # For the help, which cannot import them: the keys of `optimum_flexcompress.tasks.TASKS`.
 _TASKS = (
     "text-classification",

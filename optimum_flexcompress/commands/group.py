@@ -26,7 +26,7 @@ class FlexCompressGroupCommand(BaseOptimumCLICommand):
     EXAMPLES = """\
 optimum-cli flexcompress compress -m bert-base-uncased --dataset reviews.csv --task text-classification \\
     --recipe distil-int8 -o small
-optimum-cli flexcompress benchmark small/best --baseline small/finetune --dataset reviews.csv -o report
+optimum-cli flexcompress benchmark small/quantize --baseline small/finetune --dataset reviews.csv -o report
 """
 
     @staticmethod
