@@ -20,7 +20,7 @@ from .forecast import Facts, look
 from .inputs import check_model_and_data, open_data
 from .schema import Recipe, load_recipe
 from .stages import INPUT
-from .workspace import Workspace
+from .workspace import Workspace, resolved
 
 
 if TYPE_CHECKING:
@@ -361,11 +361,20 @@ def measure(
     return look(recipe, model, the_task, inputs, skeleton), skeleton
 
 
-def earlier_plan(output: str | Path, model: str, dataset: str, task: str) -> Plan | None:
-    """The plan of an earlier run in a folder, if it was one for the same model, data and task.
+def earlier_plan(
+    output: str | Path, model: str, dataset: str, task: str, say: Callable[[str], None] = print
+) -> Plan | None:
+    """The plan of an earlier run in a folder, if it was one for the same model, data and task, however spelt.
 
     A run goes on by the plan that it was begun with: latencies measured anew might come out differently, and what is
     trained is not trained again for another budget.
+
+    Args:
+        output: The folder.
+        model: Folder or Hub id.
+        dataset: Anything that [`load_data`] takes.
+        task: Name of a task.
+        say: Receives a line where the plan was made for something else.
 
     Raises:
         FlexCompressError: The folder holds something else.
@@ -374,8 +383,26 @@ def earlier_plan(output: str | Path, model: str, dataset: str, task: str) -> Pla
 
     run = Workspace(output).read_run_of(NAME)
     plan = run.get("recipe", {}).get("plan")
-    same = (run.get("model"), run.get("dataset"), run.get("task")) == (str(model), str(dataset), get_task(task).name)
-    return Plan.from_dict(plan) if plan and same else None
+    if not plan:
+        return None
+    changes = _changes(run, model, dataset, get_task(task).name)
+    if changes:
+        say(
+            f"{output} holds a run of another {' and another '.join(changes)}: planning anew; stages that do not fit "
+            "are made again."
+        )
+        return None
+    return Plan.from_dict(plan)
+
+
+def _changes(run: Mapping[str, Any], model: str, dataset: str, task: str) -> list[str]:
+    """What an earlier run was given that is not what is given now, such as `model (bert)`."""
+    before = {"model": run.get("model", ""), "data set": run.get("dataset", "")}
+    # An earlier version has kept what the user wrote alone.
+    sources = run.get("resolved", {}).values() or map(resolved, before.values())
+    now = [resolved(model), resolved(dataset)]
+    found = [f"{name} ({before[name]})" for name, source, same in zip(before, sources, now) if source != same]
+    return found + ([f"task ({run.get('task')})"] if run.get("task") != task else [])
 
 
 def time_table(recipe: Recipe, seconds: Mapping[str, float | None]) -> str:

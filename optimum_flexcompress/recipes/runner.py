@@ -18,7 +18,7 @@ from .fingerprint import digest, fingerprint
 from .inputs import check_model_and_data, open_data
 from .schema import Recipe
 from .stages import INPUT, StageContext, StageSpec
-from .workspace import Manifest, Workspace
+from .workspace import Manifest, Workspace, resolved
 
 
 # Bytes that may be left of a disk on which a write has just failed.
@@ -121,6 +121,8 @@ def run_recipe(
                 "recipe": {"name": recipe.name, **recipe.to_dict()},
                 "model": str(model),
                 "dataset": str(dataset),
+                # What another command compares with, from wherever it is run.
+                "resolved": {"model": resolved(model), "dataset": resolved(dataset)},
                 "task": the_task.name,
                 "stages": stages + obsolete,
             }

@@ -54,6 +54,12 @@ class Manifest:
     files: dict[str, int] = field(default_factory=dict)
 
 
+def resolved(source: str | os.PathLike) -> str:
+    """One form for all spellings of a model or a data set: its path where it is here, else its Hub id."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else str(source)
+
+
 class Workspace:
     """An output folder that a recipe runs in.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -84,7 +85,7 @@ def test_a_dry_run_of_a_recipe(compress, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupted_it_goes_on_by_the_same_plan(compress, output, monkeypatch):
+def test_interrupted_it_goes_on_by_the_same_plan(compress, output, monkeypatch, model_folder, data_folder):  # noqa: F811
     def interrupted(self, context):
         raise KeyboardInterrupt
 
@@ -93,7 +94,10 @@ def test_interrupted_it_goes_on_by_the_same_plan(compress, output, monkeypatch):
         done = compress("--max-drop", "99%", "-o", output)
     assert done.code == 130 and "run the same command again to go on from there" in done.err
     assert json.loads((output / "run.json").read_text())["recipe"]["name"] == "plan"
-    done = compress("--max-drop", "99%", "-o", output)
+    # The same model and data, spelt differently.
+    monkeypatch.chdir(model_folder)
+    folders = ["-m", f"../{model_folder.name}/", "--dataset", os.path.relpath(data_folder)]
+    done = compress(*folders, "--max-drop", "99%", "-o", output)
     assert done.code == 0, done.err
     assert "Going on by the plan of the earlier run" in done.out and "measuring int8" not in done.out
     assert done.out.count("finished in an earlier run, skipped") == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.recipes import load_recipe
 from optimum_flexcompress.recipes.budget import Budget
 from optimum_flexcompress.recipes.forecast import MASK_OVERHEAD, MINILM_OVERHEAD, Facts, forecast
-from optimum_flexcompress.recipes.planner import RULES, Plan, decide, make_plan, planned_recipe
+from optimum_flexcompress.recipes.planner import RULES, Plan, decide, earlier_plan, make_plan, planned_recipe
 from optimum_flexcompress.recipes.stages.choice import ChooseSettings, choose
 from optimum_flexcompress.search import Front
 from optimum_flexcompress.search.front import Point, pareto
@@ -182,6 +183,31 @@ def test_a_plan_survives_its_file():
     plan = decide(ENCODER, Budget(max_drop=0.01))
     assert Plan.from_dict(plan.to_dict()) == plan
     assert "[vib_text.json, vib_lm.json]" in str(plan)
+
+
+def test_a_plan_is_for_one_model_data_set_and_task_however_they_are_spelt(tmp_path, monkeypatch):
+    for name in ("bert", "other", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    plan = decide(ENCODER, Budget())
+    given = {"model": "../bert", "dataset": "me/reviews:small", "task": "text-classification"}
+    run = {"format": 1, **given, "stages": [], "recipe": {"name": "plan", "plan": plan.to_dict()}}
+    said = []
+
+    def found(run=run, **changed):
+        (tmp_path / "work" / "run.json").write_text(json.dumps(run))
+        return earlier_plan(tmp_path / "work", **{**given, **changed}, say=said.append)
+
+    assert found() == found(model=str(tmp_path / "bert")) == found(model="../bert/") == plan
+    with_paths = run | {"resolved": {"model": str(tmp_path / "bert"), "dataset": "me/reviews:small"}}
+    monkeypatch.chdir(tmp_path)
+    assert found(with_paths, model="bert") == plan and not said
+    assert found(with_paths, model="other") is None
+    assert found(with_paths, model="bert", dataset="me/reviews", task="feature-extraction") is None
+    assert said == [
+        f"{tmp_path / 'work'} holds a run of another {what}: planning anew; stages that do not fit are made again."
+        for what in ("model (../bert)", "data set (me/reviews:small) and another task (text-classification)")
+    ]
 
 
 @pytest.mark.parametrize(
