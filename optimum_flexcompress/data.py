@@ -164,8 +164,11 @@ def _load_folder(path: Path) -> DatasetDict:
 def _load_from_hub(spec: str) -> DatasetDict:
     repository, _, configuration = spec.partition(":")
     unreachable = (
-        f"{spec} is no file or folder here, and the Hugging Face Hub cannot be reached to look for it there: give the "
-        "path of a local data set, or set HF_HUB_OFFLINE=1 if the data set is in the cache."
+        f"{spec} is no file or folder here, and HF_HUB_OFFLINE is set while the data set is not in the cache: give a "
+        "path, or unset HF_HUB_OFFLINE."
+        if HF_HUB_OFFLINE
+        else f"{spec} is no file or folder here, and the Hugging Face Hub cannot be reached to look for it there: give "
+        "the path of a local data set, or set HF_HUB_OFFLINE=1 if the data set is in the cache."
     )
     try:
         if not HF_HUB_OFFLINE:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import requests
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -82,6 +82,8 @@ def fetch_model(model: str | os.PathLike, revision: str | None = None, token: st
 
 
 def _why_not_fetched(model: str, revision: str | None, error: Exception) -> str:
+    if constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE is set, and {model} is not in the cache: unset it, or give a folder."
     if isinstance(error, RevisionNotFoundError):
         return f"The model {model} on the Hub has no revision {revision}: check the branch, tag or commit."
     if isinstance(error, RepositoryNotFoundError | HFValidationError):

@@ -196,6 +196,20 @@ def test_unreachable_hub_is_one_sentence(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_without_the_hub_a_data_set_that_is_not_in_the_cache_is_one_sentence(monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hugging Face Hub")
+
+    monkeypatch.setattr("optimum_flexcompress.data.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("optimum_flexcompress.data.load_dataset", fail)
+    with pytest.raises(FlexCompressError) as caught:
+        load_data("owner/name")
+    assert str(caught.value) == (
+        "owner/name is no file or folder here, and HF_HUB_OFFLINE is set while the data set is not in the cache: give a "
+        "path, or unset HF_HUB_OFFLINE."
+    )
+
+
 def test_folder_without_data(tmp_path):
     write(tmp_path / "readme.md", "x")
     with pytest.raises(FlexCompressError, match=r"found: readme\.md"):

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import FlexCompressError
+from ..hub import fetch_model
 from .cards import write_cards
 from .fingerprint import digest, fingerprint
 from .inputs import check_model_and_data, open_data
@@ -84,6 +85,8 @@ def run_recipe(
     workspace = Workspace(output)
     previous = workspace.read_run() if overwrite else workspace.read_run_of(recipe.name)
     the_task = get_task(task)
+    # Before the data, which may take a while. By its id it is then found in the cache.
+    fetch_model(model)
     inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say, held_out=recipe.held_out)
     models = {INPUT: check_model_and_data(the_task, model, inputs, recipe.data)}
     for spec in recipe.stages:

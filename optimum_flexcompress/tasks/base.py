@@ -225,7 +225,7 @@ def load_pretrained(cls: Any, path: str | os.PathLike, **kwargs: Any) -> Any:
     folder = Path(path).expanduser()
     path = str(folder) if folder.exists() else str(path)
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise FlexCompressError(f"There is no folder {path}: check the path of the {what}.")
+        raise FlexCompressError(f"There is no folder {path}: check the path of the model.")
     if folder.is_dir() and not any(folder.glob("*.json")):
         raise FlexCompressError(f"{path} is no model folder: it holds no config.json.")
     try:

@@ -201,3 +201,24 @@ def test_a_trainer_that_may_not_push_says_so_at_once(hub, client, tmp_path, toke
     with pytest.raises(FlexCompressError, match=message):
         client(trainer_for, str(tmp_path), push_to_hub=True, hub_model_id="ada/none", token=token)
     assert "ada/none" not in hub.repos
+
+
+def test_a_model_that_is_not_in_the_cache_without_the_hub(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    from optimum_flexcompress.hub import fetch_model
+
+    def refuse(error):
+        def refuse(*args, **kwargs):
+            raise error("offline")
+
+        return refuse
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse(OfflineModeIsEnabled))
+    monkeypatch.setattr("optimum_flexcompress.hub.snapshot_download", refuse(LocalEntryNotFoundError))
+    with pytest.raises(FlexCompressError) as caught:
+        fetch_model("ada/model")
+    assert str(caught.value) == (
+        "HF_HUB_OFFLINE is set, and ada/model is not in the cache: unset it, or give a folder."
+    )
