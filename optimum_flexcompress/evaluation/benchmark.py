@@ -68,6 +68,7 @@ def run_benchmark(
     progress: bool = True,
     interpreters: Mapping[str, str | os.PathLike] | None = None,
     before: Mapping[str, str] | None = None,
+    originals: Mapping[str, str | os.PathLike] | None = None,
 ) -> Report:
     """Measures models: metric, agreement with the baseline, size, MACs, latency, throughput, memory.
 
@@ -102,6 +103,8 @@ def run_benchmark(
         progress: Whether to show progress bars.
         interpreters: Lane -> interpreter of its environment: `{"ipex": ".venv-ipex/bin/python"}`.
         before: Which model each was made from, by name, for a table of what every step gained and lost.
+        originals: By name, the folder of the PyTorch model that a graph was made from. Where that is not measured
+            itself, it tells which words the graph keeps.
 
     Returns:
         The report; `str(report)` is the table.
@@ -136,7 +139,9 @@ def run_benchmark(
             name: _describe(name, artifact, evaluations[name], lengths, new_tokens, prepared.dataset[EVALUATED])
             for name, artifact in artifacts.items()
         }
-        words = explain_words(artifacts, evaluated, task.find_columns(loaded, columns), sentence, max_length)
+        words = explain_words(
+            artifacts, evaluated, task.find_columns(loaded, columns), sentence, max_length, originals
+        )
         for name, trace in words.items():
             results[name].words = trace
         for name, result in results.items():

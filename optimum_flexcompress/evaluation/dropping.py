@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from ..config_sizes import LENGTHS_KEY
 from ..errors import FlexCompressError
 from ..token_dropping import LengthConfig, kept_positions, using_lengths
-from .artifact import Artifact
+from .artifact import Artifact, open_artifact
 from .tokens import trace_tokens
 
 
@@ -93,11 +95,13 @@ def explain_words(
     columns: Mapping[str, str],
     sentence: str | Sequence[str] | None,
     max_length: int | None,
+    originals: Mapping[str, str | os.PathLike] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """For each model that drops tokens, which words of a text survive to which layer.
 
     A graph of ONNX Runtime does not tell which tokens it keeps. Its lengths are then run in PyTorch, where exactly
-    one of the compared PyTorch models has the same lengths, or was trained for dropping; the trace names that model.
+    one of the compared PyTorch models has the same lengths, or was trained for dropping, or else in the one that it was
+    made from; the trace names that model.
 
     Args:
         artifacts: The models, by name.
@@ -105,6 +109,7 @@ def explain_words(
         columns: The task's columns in them, by role.
         sentence: A text or a pair of texts; None chooses one of the rows.
         max_length: Longest input; None is the task's default.
+        originals: By name, the folder of the PyTorch model that one of the others was made from.
 
     Returns:
         By name what [`TokenTrace.to_dict`] gives, or `{"note": why there is none}`. Nothing where no model drops
@@ -129,16 +134,20 @@ def explain_words(
     for name, lengths in dropping.items():
         alike = [other for other in able if dropping.get(other) == lengths] or able
         source = name if name in able else alike[0] if len(alike) == 1 else None
-        if source is None:
+        if source is None and name in (originals or {}):
+            source = Path(originals[name]).name
+            opened = open_artifact(originals[name], first.task)
+        elif source is None:
             others = f"{len(able)} PyTorch models" if able else "no PyTorch model"
             traces[name] = {
                 "note": f"An ONNX graph does not tell which tokens it keeps, and {others} here could tell for it: "
                 "measure it beside the one PyTorch model that it was exported from."
             }
             continue
-        model, processor = artifacts[source].model, artifacts[source].load_processor()
+        else:
+            opened = artifacts[source]
         try:
-            trace = trace_tokens(model, processor, *text, lengths=lengths, max_length=max_length)
+            trace = trace_tokens(opened.model, opened.load_processor(), *text, lengths=lengths, max_length=max_length)
         except FlexCompressError as error:
             traces[name] = {"note": str(error)}
             continue

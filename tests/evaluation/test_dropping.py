@@ -9,8 +9,8 @@ import pytest
 
 from optimum_flexcompress import LengthConfig, set_lengths
 from optimum_flexcompress.errors import FlexCompressError
-from optimum_flexcompress.evaluation import Report, TokenTrace, run_benchmark
-from optimum_flexcompress.evaluation.dropping import choose_text
+from optimum_flexcompress.evaluation import Report, TokenTrace, open_artifact, run_benchmark
+from optimum_flexcompress.evaluation.dropping import choose_text, explain_words
 from optimum_flexcompress.export import export_onnx
 from optimum_flexcompress.tasks import get_task
 from optimum_flexcompress.token_dropping.model import write_lengths
@@ -106,6 +106,15 @@ def test_a_graph_is_traced_in_the_model_that_was_trained_for_dropping(folders, r
     assert "Which words survive to which layer" in html
     pictures = sorted(path.name for path in (tmp_path / "report").glob("*.png"))
     assert pictures == ["tokens-kept.png", "words-short-onnx.png"]
+
+
+def test_a_graph_is_traced_in_what_it_was_made_from_where_that_is_not_measured(folders, rows):
+    artifacts = {name: open_artifact(folders / name, "text-classification") for name in ("dense", "short-onnx")}
+    originals = {"short-onnx": folders / "adapted"}
+    found = explain_words(artifacts, rows["test"], {"text": "text"}, "a very good film", None, originals)
+    assert list(found) == ["short-onnx"]
+    trace = TokenTrace.from_dict(found["short-onnx"])
+    assert trace.traced_in == "adapted" and trace.counts == LengthConfig.parse(LENGTHS).at(6)
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,7 @@ class Benchmark(Stage):
             memory=settings.memory,
             dataset_name=Path(context.dataset).name,
             before=self._before(context),
+            originals=self._originals(context),
         )
         context.say(str(report))
         return {
@@ -319,6 +320,12 @@ class Benchmark(Stage):
             if before is not None:
                 found[name] = before
         return found
+
+    def _originals(self, context: StageContext) -> dict[str, str | Path]:
+        """For each measured graph the folder of the PyTorch model that it was made from."""
+        made = {name: self._made_of(context, name) for name in self._above}
+        found = {name: self._trained(name, made) for name in self.inputs()}
+        return {name: context.artifact(origin) for name, (origin, form) in found.items() if form and origin in made}
 
     def _made_of(self, context: StageContext, name: str) -> list[str]:
         return self._above[name].made_of(Path(context.artifact(name)))
