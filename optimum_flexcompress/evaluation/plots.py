@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
 from .formatting import format_bytes, format_count, format_seconds, format_speedup
@@ -13,10 +15,14 @@ from .formatting import format_bytes, format_count, format_seconds, format_speed
 try:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 except ImportError as error:
     raise MissingExtraError("matplotlib", "report") from error
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
+
     from .report import ModelResult, Report
 
 
@@ -75,7 +81,6 @@ def metric_against_latency(report: Report, shape: str) -> str | None:
         for name, time, value in points:
             marker, size = ("s", 52) if name == report.baseline else ("o", 62)
             axes.scatter(time, value, marker=marker, s=size, color=palette[name], zorder=3)
-        _label_points(axes, points)
         times, values = [point[1] for point in points], [point[2] for point in points]
         axes.set_xlim(0, max(times) * 1.3)
         spread = max(max(values) - min(values), 0.02 * max(map(abs, values)), 1e-9)
@@ -88,21 +93,64 @@ def metric_against_latency(report: Report, shape: str) -> str | None:
         axes.set_xlabel("milliseconds per batch (left is faster)" if shape != "stream" else "milliseconds per input")
         axes.set_ylabel(f"{report.metric}{unit} (up is better)")
         axes.grid(True)
+        label_points(axes, points)
         return svg(figure)
 
 
-def _label_points(axes, points: list[tuple[str, float, float]]) -> None:
-    """Names beside the points, moved apart where points lie close together."""
-    values = [value for _, _, value in points]
-    times = [time for _, time, _ in points]
-    height, width = max(max(values) - min(values), 1e-9), max(times)
-    placed: list[tuple[float, float]] = []
-    for name, time, value in sorted(points, key=lambda point: (point[1], point[2])):
-        offset = 0
-        while any(abs(time - x) < 0.28 * width and abs((value / height) * 190 + offset - y) < 13 for x, y in placed):
-            offset -= 13
-        placed.append((time, (value / height) * 190 + offset))
-        axes.annotate(name, (time, value), xytext=(8, offset), textcoords="offset points", va="center", fontsize=9)
+def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], **style: Any) -> list[Annotation]:
+    """Names beside points, moved apart where points lie close together: none covers a point or another name.
+
+    Args:
+        axes: With everything else drawn and their limits set.
+        points: Name, x and y of each.
+        **style: Of the text.
+
+    Returns:
+        The names, in the order of the points.
+    """
+    figure = axes.figure
+    # Places everything, which is what distances between names depend on.
+    figure.draw_without_rendering()
+    scale = figure.dpi / 72
+    frame = axes.get_window_extent()
+    centres = [axes.transData.transform((x, y)) for _, x, y in points]
+    taken = [Bbox.from_extents(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in centres]
+    labels = {}
+    for index in sorted(range(len(points)), key=lambda index: (centres[index][0], centres[index][1])):
+        name, x, y = points[index]
+        label = axes.annotate(
+            name, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9, **style
+        )
+        others = taken[:index] + taken[index + 1 :]
+        box = label.get_window_extent()
+        for step, side in itertools.product(range(16), (1, -1)):
+            for turn in (1, -1) if step else (1,):
+                shift = (0 if side > 0 else -box.width - 16 * scale, 7 * step * turn * scale)
+                moved = box.translated(*shift)
+                inside = (
+                    frame.x0 <= moved.x0 and moved.x1 <= frame.x1 and frame.y0 <= moved.y0 and moved.y1 <= frame.y1
+                )
+                if inside and not any(moved.overlaps(other) for other in others):
+                    break
+            else:
+                continue
+            break
+        else:
+            moved, shift, step, side = box, (0, 0), 0, 1
+        label.xyann = (8 * side, shift[1] / scale)
+        label.set_horizontalalignment("left" if side > 0 else "right")
+        if step > 1:
+            # So far away that it needs saying which point is meant.
+            axes.annotate(
+                "",
+                (x, y),
+                xytext=label.xyann,
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3},
+            )
+        taken.append(moved)
+        labels[index] = label
+    return [labels[index] for index in range(len(points))]
 
 
 def size_bars(report: Report) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,19 +289,22 @@ class Front:
         return text_table(["  " + self.kind, self.metric, "change", "cost", "of full"], rows)
 
 
-def pareto(points: Iterable[Point], greater_is_better: bool) -> list[Point]:
+def pareto(
+    points: Iterable[Point], greater_is_better: bool, cost: Callable[[Point], float] = lambda point: point.cost
+) -> list[Point]:
     """The points that no other one beats: none is as good at a lower cost, or better at the same cost.
 
     Args:
         points: Any points.
         greater_is_better: Direction of the metric.
+        cost: What they cost.
 
     Returns:
         They, with rising cost and rising quality. Of equal points the first one stays.
     """
     sign = 1 if greater_is_better else -1
     front: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.cost, -sign * point.metric)):
+    for point in sorted(points, key=lambda point: (cost(point), -sign * point.metric)):
         if not front or sign * point.metric > sign * front[-1].metric:
             front.append(point)
     return front

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from optimum_flexcompress import FlexCompressError, LengthConfig
+from optimum_flexcompress.evaluation.plots import label_points
 from optimum_flexcompress.search import Front, Point
 from optimum_flexcompress.search.front import dominated_area, pareto
+from optimum_flexcompress.search.picture import draw_front
 
 
 def point(counts, metric, cost) -> Point:
@@ -154,3 +159,47 @@ def test_files_that_are_no_front(tmp_path, text, message):
         (tmp_path / "front.json").write_text(text)
     with pytest.raises(FlexCompressError, match=message):
         Front.load(tmp_path / "front.json")
+
+
+def words_in(file) -> list[str]:
+    """The texts of a picture."""
+    return re.findall(r"<text[^>]*>(.*?)</text>", file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_picture_shows_where_one_picks(tmp_path, sign):
+    drawn = front(sign > 0, sign=sign)
+    drawn.pick("10%")
+    words = words_in(draw_front(drawn, tmp_path)[1])
+    # 0.85 loses 5.6 %, 0.7 and 0.6 so much that nobody would choose them.
+    assert "2 of 5 lie below what is shown" in words
+    assert any(word.startswith("loses 5.56 % of the m at 40 %") for word in words)
+
+
+def test_the_picture_of_models_names_them(tmp_path):
+    costs = {"dense": 25.0, "int8": 5.6, "pruned": 2.1, "adapted": 2.15, "distilled": 12.0}
+    points = [
+        Point({"stage": name}, 0.9 - index / 1000, cost, cost / 25, {"name": name})
+        for index, (name, cost) in enumerate(costs.items())
+    ]
+    drawn = Front(
+        "model", "latency", "accuracy", True, "share", "", 64, points[0], pareto(points, True), points, picked=points[2],
+        options={"shape": "1x64"},
+    )  # fmt: skip
+    words = words_in(draw_front(drawn, tmp_path)[1])
+    assert set(costs) <= set(words) and "accuracy against the time of one batch (1x64)" in words
+    assert "picked: pruned, loses 0.22 %, 11.90 times as fast" in words
+    assert any(word.startswith("milliseconds") for word in words)
+
+
+def test_names_beside_points_cover_nothing():
+    axes = Figure(figsize=(7, 4)).subplots()
+    axes.set_xlim(0, 10)
+    axes.set_ylim(0, 10)
+    points = [(f"model number {index}", 5 + index / 50, 5 + index / 100) for index in range(8)]
+    boxes = [label.get_window_extent() for label in label_points(axes, points)]
+    centres = [axes.transData.transform(point[1:]) for point in points]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert not any(box.contains(*centre) for box in boxes for centre in centres)
+    frame = axes.get_window_extent()
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
