@@ -18,7 +18,7 @@ from .deployment import Benchmark
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...search import Front
+    from ...search.front import Front, Point
 
 CHOICE_FILE = "choice.json"
 
@@ -177,6 +177,11 @@ class Choose(Stage):
             return f"taking {settings.name}"
         return f"choosing what {' and '.join(limits)}" if limits else "showing what there is to choose from"
 
+    def candidates(self, stages: Mapping[str, Stage]) -> list[str]:
+        """What can be chosen: the models that the report measures, without its baseline."""
+        report = stages[self.settings.report]
+        return [name for name in report.inputs() if name != report.settings.baseline]
+
     def check_sources(self, stages: Mapping[str, Stage]) -> None:
         """See the base class."""
         settings = self.settings
@@ -185,7 +190,7 @@ class Choose(Stage):
             raise FlexCompressError(
                 f'report names "{settings.report}", which is no stage of the type benchmark: name one.'
             )
-        known = [name for name in report.inputs() if name != report.settings.baseline]
+        known = self.candidates(stages)
         if not known:
             raise FlexCompressError(f"report names {settings.report}, which measures nothing beside its baseline.")
         if settings.name is not None and settings.name not in known:
@@ -211,6 +216,7 @@ class Choose(Stage):
             facts = choose(front, shape, settings)
             front.picked = next(point for point in front.scored if front.name(point) == facts["chosen"])
             _copy_model(context, facts["chosen"])
+        facts |= {"metric": front.metric, "models": _models(front, shape)}
         front.save(context.output)
         draw_front(front, context.output)
         _write_choice(context.output, facts)
@@ -221,14 +227,18 @@ class Choose(Stage):
         return facts
 
 
+def _ratio(point: Point) -> float:
+    """What models are ranked by: ratios of times that were measured side by side hold where milliseconds do not."""
+    return point.relative_cost
+
+
 def front_of(report: Any) -> tuple[Front, str]:
     """The models of a report as a front of metric against the latency of the first shape, and that shape.
 
     Raises:
         FlexCompressError: The report has no metric, or times nothing.
     """
-    from ...search import Front
-    from ...search.front import Point, pareto
+    from ...search.front import Front, Point, pareto
 
     shapes = report.shapes()
     if not shapes or not report.metric or any(report.metric not in model.metrics for model in report.models):
@@ -256,8 +266,8 @@ def front_of(report: Any) -> tuple[Front, str]:
         runtime="the runtime of each model",
         max_length=max(report.settings["lengths"]),
         full=full,
-        points=pareto([full, *others], report.greater_is_better),
-        scored=sorted([full, *others], key=lambda point: point.cost),
+        points=pareto([full, *others], report.greater_is_better, cost=_ratio),
+        scored=sorted([full, *others], key=_ratio),
         environment=report.environment,
         options={"shape": shape, "split": report.split, "rows": report.rows},
     )
@@ -265,7 +275,7 @@ def front_of(report: Any) -> tuple[Front, str]:
 
 
 def choose(front: Front, shape: str, settings: ChooseSettings) -> dict[str, Any]:
-    """Chooses from a front.
+    """Chooses from a front, the fastest by the ratios of times; milliseconds are for the limit alone.
 
     Args:
         front: From [`front_of`].
@@ -280,7 +290,7 @@ def choose(front: Front, shape: str, settings: ChooseSettings) -> dict[str, Any]
     candidates = [point for point in front.scored if point is not front.full]
     if settings.name is not None:
         point = next(point for point in candidates if front.name(point) == settings.name)
-        return _facts(front, point, True, f"{_words(front, point)}, as asked.")
+        return _facts(front, point, True, f"{_words(front, point, shape)}, as asked.")
     drop = math.inf if settings.max_drop is None else read_share("max_drop", settings.max_drop, 0.0)
     limit = math.inf if settings.target_latency is None else settings.target_latency
     good = [point for point in candidates if front.drop(point) <= drop + 1e-9]
@@ -288,23 +298,24 @@ def choose(front: Front, shape: str, settings: ChooseSettings) -> dict[str, Any]
     both = [point for point in good if point.cost <= limit]
     if both:
         # Speed is what is left to wish for within a drop; without one it is the metric.
-        key = front.drop if settings.max_drop is None else lambda point: point.cost
-        point = min(both, key=key)
+        point = min(both, key=front.drop if settings.max_drop is None else _ratio)
         faster = f"{1 / point.relative_cost:.2f} times as fast as {front.name(front.full)}"
-        return _facts(front, point, True, f"{_words(front, point)}, and is {faster}.")
+        return _facts(front, point, True, f"{_words(front, point, shape)}, and is {faster}.")
     asked = [f"loses at most {_percent(drop)}"] if settings.max_drop is not None else []
     asked += [f"takes at most {limit:g} ms for {shape}"] if settings.target_latency is not None else []
+    # Said once.
+    where = "" if settings.target_latency is not None else shape
     parts = []
     if good and settings.max_drop is not None:
-        parts.append(f"the fastest that loses no more is {_words(front, min(good, key=lambda point: point.cost))}")
+        parts.append(f"the fastest that loses no more is {_words(front, min(good, key=_ratio), where)}")
     if quick and settings.target_latency is not None:
-        parts.append(f"the best that is as fast is {_words(front, min(quick, key=front.drop))}")
+        parts.append(f"the best that is as fast is {_words(front, min(quick, key=front.drop), where)}")
     # What was promised about the metric counts first.
     pool = good if settings.max_drop is not None and good else candidates
-    point = min(pool, key=front.drop if not good else lambda point: point.cost)
+    point = min(pool, key=front.drop if not good else _ratio)
     if not parts:
         kind = "that loses least" if not good else "fastest"
-        parts.append(f"the model {kind} is {_words(front, point)}")
+        parts.append(f"the model {kind} is {_words(front, point, where)}")
     sentence = (
         f"No model {' and '.join(asked)}: {'; '.join(parts)}. Ask for one of these, or train longer "
         "(--set stages.STAGE.epochs=N)."
@@ -312,7 +323,7 @@ def choose(front: Front, shape: str, settings: ChooseSettings) -> dict[str, Any]
     return _facts(front, point, False, sentence)
 
 
-def _facts(front: Front, point: Any, met: bool, sentence: str) -> dict[str, Any]:
+def _facts(front: Front, point: Point, met: bool, sentence: str) -> dict[str, Any]:
     lost = front.drop(point)
     return {
         "chosen": front.name(point),
@@ -323,10 +334,26 @@ def _facts(front: Front, point: Any, met: bool, sentence: str) -> dict[str, Any]
     }
 
 
-def _words(front: Front, point: Any) -> str:
+def _models(front: Front, shape: str) -> list[dict[str, Any]]:
+    """All models for `stage.json`, the fastest first."""
+    return [
+        {
+            "name": front.name(point),
+            front.metric: point.metric,
+            "milliseconds": point.cost,
+            "shape": shape,
+            "faster": 1 / point.relative_cost,
+            "bytes": point.details.get("bytes"),
+            "front": point in front.points,
+        }
+        for point in front.scored
+    ]
+
+
+def _words(front: Front, point: Point, shape: str = "") -> str:
     lost = front.drop(point)
     change = f"loses {_percent(lost)}" if lost > 0 else f"gains {_percent(-lost)}" if lost < 0 else "loses nothing"
-    return f"{front.name(point)}, which takes {point.cost:.3g} ms and {change}"
+    return f"{front.name(point)}, which takes {point.cost:.3g} ms{f' for {shape}' if shape else ''} and {change}"
 
 
 def front_table(front: Front) -> str:
