@@ -146,11 +146,11 @@ that comes nearest, and the exit code is not 0.
             # JSON strings are YAML strings: a column called `1` or `null` stays text.
             overrides.append(f"data.columns.{role}={json.dumps(name)}")
         given = None if args.recipe is None else load_recipe(args.recipe, overrides)
-        repository = None if args.dry_run else hub_target(args, args.output)
+        repository = hub_target(args, args.output)
         self._quieten()
         recipe = self._planned(budget, overrides) if given is None else given
         if args.dry_run:
-            self._show_times(recipe)
+            self._show_times(recipe, [*budget.overrides, *overrides])
             return
         stage = recipe.model_stage(args.hub_stage)
         result = run_recipe(
@@ -162,24 +162,25 @@ that comes nearest, and the exit code is not 0.
             overwrite=args.overwrite,
             names={stage: repository.repo_id} if repository is not None else {},
         )
-        # In words it has been said already, stage by stage.
-        self.show(
-            None,
-            {
-                "output": str(result.output),
-                "recipe": recipe.name,
-                "seconds": result.seconds,
-                "skipped": result.skipped,
-                "stages": {
-                    name: {"folder": str(folder), "metrics": result.metrics[name]}
-                    for name, folder in result.folders.items()
-                },
+        report = {
+            "output": str(result.output),
+            "recipe": recipe.name,
+            "seconds": result.seconds,
+            "skipped": result.skipped,
+            "stages": {
+                name: {"folder": str(folder), "metrics": result.metrics[name]}
+                for name, folder in result.folders.items()
             },
-        )
-        self._check_choice(result)
-        if repository is not None:
-            url = repository.push(result.folders[stage], f"Upload model made by the recipe {recipe.name}")
-            print(f"Pushed {stage} to {repository.repo_id}: {url}")
+        }
+        try:
+            self._check_choice(result)
+            if repository is not None:
+                url = repository.push(result.folders[stage], f"Upload model made by the recipe {recipe.name}")
+                print(f"Pushed {stage} to {repository.repo_id}: {url}")
+                report["pushed"] = {"stage": stage, "repository": repository.repo_id, "url": url}
+        finally:
+            # In words it has been said already, stage by stage.
+            self.show(None, report)
 
     def _check_flags(self) -> None:
         from optimum_flexcompress.errors import FlexCompressError
@@ -213,6 +214,8 @@ that comes nearest, and the exit code is not 0.
                 raise FlexCompressError(
                     f"--dry-run and --{name} contradict each other: a dry run writes nothing; leave one of them out."
                 )
+        if args.hub_stage is not None and not args.push_to_hub:
+            raise FlexCompressError("--hub-stage is for pushing to the Hub: add --push-to-hub, or leave it out.")
         if args.recipe is None and args.push_to_hub and not asked and args.hub_stage is None:
             raise FlexCompressError(
                 "--push-to-hub pushes the chosen model, and nothing says which: add --max-drop, --target-latency or "
@@ -238,8 +241,13 @@ that comes nearest, and the exit code is not 0.
         self._facts = plan.facts
         return planned_recipe(plan, budget, overrides)
 
-    def _show_times(self, recipe: Recipe) -> None:
-        """What a run would do and take."""
+    def _show_times(self, recipe: Recipe, overrides: list[str]) -> None:
+        """What a run would do and take.
+
+        Args:
+            recipe: What would be run.
+            overrides: The settings that follow those of a plan.
+        """
         from optimum_flexcompress.recipes.forecast import forecast
         from optimum_flexcompress.recipes.planner import measure, time_table
 
@@ -248,18 +256,32 @@ that comes nearest, and the exit code is not 0.
         if facts is None:
             facts, _ = measure(recipe, args.model, args.dataset, args.task, print)
         seconds = forecast(recipe, facts)
+        by_hand = None if recipe.plan is None else self._by_hand(recipe, overrides)
         self.show(
-            f"\n{time_table(recipe, seconds)}",
+            f"\n{time_table(recipe, seconds, facts)}",
             {
                 "recipe": {"name": recipe.name, **recipe.to_dict()},
                 "facts": dataclasses.asdict(facts),
                 "seconds": seconds,
+                **({} if by_hand is None else {"command": by_hand}),
             },
         )
-        if recipe.plan is not None:
-            settings = [override for part in recipe.plan["decisions"] for override in part["overrides"]]
-            print("\nThe same by hand: --recipe full " + " ".join(f"--set {shlex.quote(word)}" for word in settings))
+        if by_hand is not None:
+            print(f"\nThe same by hand:\n{by_hand}")
         print("\nThis was a dry run: nothing was trained, and nothing was written.")
+
+    def _by_hand(self, recipe: Recipe, overrides: list[str]) -> str:
+        """The command that runs a plan as the recipe that it is made of."""
+        from optimum_flexcompress.recipes.planner import RECIPE
+
+        args = self.args
+        # A folder that is there may hold the run of a plan, which another recipe does not go on with.
+        output = "OUT" if args.output is None or os.path.exists(args.output) else args.output
+        words = ["optimum-cli", "flexcompress", "compress", "-m", args.model, "--dataset", args.dataset]
+        words += ["--task", args.task, "--recipe", RECIPE, "-o", output]
+        for override in [*(word for part in recipe.plan["decisions"] for word in part["overrides"]), *overrides]:
+            words += ["--set", override]
+        return shlex.join(words)
 
     def _check_choice(self, result: RecipeResult) -> None:
         """Says how to choose where nothing was chosen.

@@ -51,6 +51,16 @@ class Budget:
             found.append(f"stages.best.name={self.name}")
         return found
 
+    def __str__(self) -> str:
+        """What was asked for, for a card."""
+        asked = [] if self.max_drop is None else [f"loses at most {100 * self.max_drop:.3g} %"]
+        asked += [] if self.target_latency is None else [f"takes at most {self.target_latency:g} ms"]
+        if asked:
+            return f"Planned for a budget: {', '.join(asked)}."
+        return "Planned without a budget" + (
+            "." if self.name is None else f", and {self.name} was chosen by its name."
+        )
+
 
 def _milliseconds(text: str) -> float:
     """`20ms`, `0.02s`, or `20`, which are milliseconds."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .budget import Budget
+
 
 if TYPE_CHECKING:
     from .schema import Recipe
@@ -74,4 +76,6 @@ def _methods_of(folder: Path) -> list[str]:
 
 def _steps(recipe: Recipe, stages: list[StageSpec]) -> list[str]:
     described = [f"{number}. `{spec.name}`: {spec.stage.describe()}" for number, spec in enumerate(stages, start=1)]
-    return ["## How it was made", "", f"By the recipe {recipe.name}:", "", *described]
+    plan = recipe.plan
+    made = f"By the recipe {recipe.name}:" if plan is None else str(Budget(**plan["budget"]))
+    return ["## How it was made", "", made, "", *described]

@@ -298,8 +298,13 @@ def _training(spec: StageSpec, per_row: float, share: float, facts: Facts) -> fl
     return steps * (batch * per_row + share * facts.update_seconds) + facts.eval_rows * facts.forward_seconds * share
 
 
+def taken_as_it_is(spec: StageSpec, facts: Facts) -> bool:
+    """Whether the stage fine-tunes what is fine-tuned already, and so does nothing."""
+    return spec.type == "finetune" and facts.trained and spec.stage.settings.skip_if_trained
+
+
 def _finetune(spec: StageSpec, shares: Mapping[str, float], facts: Facts) -> float:
-    if facts.trained and spec.stage.settings.skip_if_trained:
+    if taken_as_it_is(spec, facts):
         return 0.0
     share = shares[spec.name]
     return _training(spec, share * facts.step_seconds, share, facts)

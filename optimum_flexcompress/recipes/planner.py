@@ -1,8 +1,9 @@
 """Plans which methods to stack for a budget: the recipe `full`, with the steps left out that do not pay.
 
 The rules are those of `RULES`, each with the benchmark of this project that it rests on (scripts under
-examples/benchmarks, which write the JSON files below examples/benchmarks/results). A plan is nothing but settings of
-the recipe `full`: `compress --recipe full --set ...` with what `--dry-run` prints does the same.
+examples/benchmarks, which write the JSON files below examples/benchmarks/results; `NOT_RUN` are those still missing). A
+plan is nothing but settings of the recipe `full`: `--dry-run` prints the command with `--recipe full` that does the same,
+for the budget and with the user's own settings.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FlexCompressError
+from ..errors import FlexCompressError, nearest
 from ..evaluation.environment import BUSY
+from ..hub import fetch_model
 from .budget import Budget
-from .forecast import Facts, look
+from .forecast import Facts, look, taken_as_it_is
 from .inputs import check_model_and_data, open_data
 from .schema import Recipe, load_recipe
-from .stages import INPUT
+from .stages import INPUT, Choose
 from .workspace import Workspace, resolved
 
 
@@ -111,6 +113,15 @@ RULES = (
 )
 
 
+NOT_RUN = ("modular_multi30k.json", "vib_lm.json", "full_stack.json")
+"""Results that rules name and that their benchmarks have still to write."""
+
+
+def cited(evidence: str) -> str:
+    """The name of a result as it is shown, which says so where there is none yet."""
+    return f"{evidence} (not run yet)" if evidence in NOT_RUN else evidence
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a rule comes to.
@@ -167,7 +178,7 @@ class Plan:
             if (self.facts.busy_cores or 0.0) > BUSY
             else ""
         )
-        evidence = {rule.name: ", ".join(rule.evidence) for rule in RULES}
+        evidence = {rule.name: ", ".join(map(cited, rule.evidence)) for rule in RULES}
         return (
             "\n".join(
                 f"  {'+' if decision.applies else '-'} {decision.rule:<9} {decision.why} [{evidence[decision.rule]}]"
@@ -301,9 +312,21 @@ def planned_recipe(plan: Plan, budget: Budget, overrides: Sequence[str] = ()) ->
         budget: What was asked for, now: another budget chooses anew among what an earlier one has planned.
         overrides: The user's own settings, which win.
     """
+    if budget.name is not None:
+        _check_name(load_recipe(RECIPE, [*plan.overrides, *overrides]), budget.name)
     recipe = load_recipe(RECIPE, [*plan.overrides, *budget.overrides, *overrides])
     described = f"Planned: {', '.join(decision.rule for decision in plan.decisions if decision.applies)}."
-    return dataclasses.replace(recipe, name=NAME, description=described, plan=plan.to_dict())
+    content = {"budget": dataclasses.asdict(budget), **plan.to_dict()}
+    return dataclasses.replace(recipe, name=NAME, description=described, plan=content)
+
+
+def _check_name(recipe: Recipe, name: str) -> None:
+    stages = {spec.name: spec.stage for spec in recipe.stages}
+    for stage in stages.values():
+        if isinstance(stage, Choose) and name not in (known := stage.candidates(stages)):
+            raise FlexCompressError(
+                f"--choose {name} is not among the models that are measured.{nearest(name, known)}"
+            )
 
 
 def make_plan(
@@ -355,6 +378,8 @@ def measure(
     from ..tasks import get_task
 
     the_task = get_task(task)
+    # Before the data, which may take a while.
+    fetch_model(model)
     inputs = open_data(the_task, dataset, recipe.data, recipe.seed, say, held_out=recipe.held_out)
     skeleton = check_model_and_data(the_task, model, inputs, recipe.data)
     say("measuring int8 and a few training steps of the model on this machine; nothing is kept of it")
@@ -405,17 +430,21 @@ def _changes(run: Mapping[str, Any], model: str, dataset: str, task: str) -> lis
     return found + ([f"task ({run.get('task')})"] if run.get("task") != task else [])
 
 
-def time_table(recipe: Recipe, seconds: Mapping[str, float | None]) -> str:
-    """The stages of a recipe and what they are going to take."""
+def time_table(recipe: Recipe, seconds: Mapping[str, float | None], facts: Facts) -> str:
+    """The stages of a recipe and what they are going to take, by what [`forecast`] said of the same facts."""
     from ..evaluation.formatting import MISSING, text_table
     from .runner import clock
 
     rows = [
-        [spec.name, spec.stage.describe(), MISSING if seconds[spec.name] is None else clock(seconds[spec.name])]
+        [
+            spec.name,
+            "taking the model as it is: it is fine-tuned" if taken_as_it_is(spec, facts) else spec.stage.describe(),
+            MISSING if seconds[spec.name] is None else clock(seconds[spec.name]),
+        ]
         for spec in recipe.stages
     ]
     # Only the last column is one of figures.
     width = max(len(row[1]) for row in rows)
     rows = [[name, does.ljust(width), time] for name, does, time in rows]
     total = sum(value for value in seconds.values() if value is not None)
-    return text_table(["stage", "does".ljust(width), "time"], [*rows, ["", "about".rjust(width), clock(total)]])
+    return text_table(["stage", "does".ljust(width), "time (m:ss)"], [*rows, ["", "about".rjust(width), clock(total)]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import transformers
 from optimum.commands.optimum_cli import main
 from optimum.onnxruntime import ORTModelForSequenceClassification
 
+from optimum_flexcompress.recipes import load_recipe
 from optimum_flexcompress.recipes.stages.deployment import Quantize
 from tests.recipes.conftest import data_folder, model_folder  # noqa: F401  fixtures
 from tests.recipes.test_full import TIMING
@@ -60,19 +62,33 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(compress, tmp_path, monkey
     before = sorted(data_folder.iterdir())
     done = compress("--max-drop", "1%", "--dry-run", "-o", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "+ layers    MiniLM and logits, into half of 4 layers [quickstart.json, modular_multi30k.json]" in done.out
+    assert "+ layers    MiniLM and logits, into half of 4 layers [quickstart.json, modular_multi30k.json" in done.out
     assert "- tokens " in done.out and "This was a dry run: nothing was trained, and nothing was written." in done.out
     table = done.out[done.out.index("\nstage  ") + 1 :].splitlines()
     assert [line.split()[0] for line in table[2 : 2 + len(STAGES)]] == list(STAGES)
     assert "about" in table[2 + len(STAGES)]
-    assert "The same by hand: --recipe full --set stages.modular.skip=true" in done.out
+    assert table[0].endswith(" time (m:ss)")
+    assert "The same by hand:\noptimum-cli flexcompress compress -m " in done.out
     assert not list(tmp_path.iterdir()) and sorted(data_folder.iterdir()) == before
 
 
-def test_a_dry_run_as_json(compress, tmp_path):
-    done = compress("--max-drop", "1%", "--dry-run", "--json")
+def test_a_dry_run_as_json(compress, tmp_path, model_folder, data_folder):  # noqa: F811
+    columns = ["--columns", "text=text", "label=category"]
+    done = compress(
+        "--max-drop", "1%", "--target-latency", "1us", *columns, "--dry-run", "--json", "-o", tmp_path / "o"
+    )
     assert done.code == 0, done.err
     found = json.loads(done.out)
+    # The command that it prints plans nothing, and does the same: for the budget, with the user's own settings.
+    words = shlex.split(found["command"])
+    assert words[:3] == ["optimum-cli", "flexcompress", "compress"]
+    options = dict(zip(words[3::2], words[4::2]))
+    assert (options["--recipe"], options["-o"]) == ("full", str(tmp_path / "o"))
+    assert {options["-m"], options["--dataset"]} == {str(model_folder), str(data_folder)}
+    overrides = [word for flag, word in zip(words[3::2], words[4::2]) if flag == "--set"]
+    same = load_recipe("full", overrides).to_dict()
+    assert (same["stages"], same["data"]) == (found["recipe"]["stages"], found["recipe"]["data"])
+    assert same["stages"]["best"]["target_latency"] == 0.001 and same["data"]["columns"]["label"] == "category"
     assert list(found["seconds"]) == list(STAGES) and found["recipe"]["plan"]["decisions"][0]["rule"] == "int8"
     assert found["facts"]["layers"] == 4 and "This was a dry run" in done.err
 
@@ -107,6 +123,7 @@ def test_interrupted_it_goes_on_by_the_same_plan(compress, output, monkeypatch, 
 def test_what_was_chosen_loads(output):
     choice = json.loads((output / "best" / "choice.json").read_text())
     assert choice["met"] and choice["lost"] <= 0.99
+    assert "\nPlanned for a budget: loses at most 99 %.\n" in (output / "best" / "README.md").read_text()
     model = ORTModelForSequenceClassification.from_pretrained(output / "best")
     tokenizer = transformers.AutoTokenizer.from_pretrained(output / "best")
     assert model(**tokenizer(["where is my card"], return_tensors="pt")).logits.shape == (1, 4)
@@ -137,8 +154,16 @@ def test_without_a_budget_the_front_is_shown_and_a_name_chooses(compress, output
     assert list(found["stages"]) == found["skipped"] == list(STAGES)
     assert found["stages"]["best"]["metrics"]["chosen"] == "int8-dense" and "Chosen: int8-dense" in done.err
     assert found["stages"]["best"]["folder"] == str(output / "best")
+    chosen = found["stages"]["best"]["metrics"]
+    assert chosen["metric"] == "accuracy" and {model["shape"] for model in chosen["models"]} == {"2x24"}
+    (model,) = (model for model in chosen["models"] if model["name"] == "int8-dense")
+    assert f"which takes {model['milliseconds']:.3g} ms for 2x24 and " in chosen["sentence"]
+    assert model["milliseconds"] == chosen["milliseconds"] and model["bytes"] > 0 and 0 <= model["accuracy"] <= 1
     done = compress("-o", output, "--choose", "int8-dens")
-    assert done.code == 1 and 'Did you mean "int8-dense"?' in done.errors[0]
+    assert done.code == 1
+    assert done.errors[0].startswith(
+        "error: --choose int8-dens is not among the models that are measured. Did you mean"
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,6 +180,15 @@ def test_without_a_budget_the_front_is_shown_and_a_name_chooses(compress, output
             "--dry-run and --push-to-hub contradict each other: a dry run writes nothing",
         ),
         (["--dry-run", "--overwrite"], "--dry-run and --overwrite contradict"),
+        (
+            ["--dry-run", "--hub-stage", "distill"],
+            "--hub-stage is for pushing to the Hub: add --push-to-hub, or leave",
+        ),
+        (
+            ["--dry-run", "--hub-model-id", "x"],
+            "--hub-model-id is for pushing to the Hub: add --push-to-hub, or leave",
+        ),
+        (["-m", "./nofolder"], "There is no folder ./nofolder: check the path of the model."),
         (["--push-to-hub"], "--push-to-hub pushes the chosen model, and nothing says which: add --max-drop"),
         (
             ["--device-profile", "xeon"],

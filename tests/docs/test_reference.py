@@ -9,7 +9,8 @@ import re
 import pytest
 from transformers import Trainer
 
-from tests.docs.pages import REFERENCE
+from optimum_flexcompress.recipes.stages.base import _STAGES
+from tests.docs.pages import GUIDES, REFERENCE
 
 
 PACKAGE = "optimum_flexcompress"
@@ -58,6 +59,15 @@ def test_every_public_name_is_in_the_reference():
         if name not in there and name != "__version__" and (isinstance(value, str | int) or id(value) not in objects)
     ]
     assert missing == []
+
+
+def test_every_type_of_stage_is_in_the_guide_and_its_settings_in_the_reference():
+    guide = (GUIDES / "usage_guides" / "recipes.mdx").read_text(encoding="utf-8")
+    _, _, listed = guide.partition("The types of stages:")
+    objects = {id(importlib_object(name)) for name in documented()}
+    ours = {name: stage for name, stage in _STAGES.items() if is_ours(stage)}
+    assert ours and set(re.findall(r"`([a-z-]+)`", listed.partition("Their settings")[0])) == ours.keys()
+    assert [name for name, stage in ours.items() if id(stage.Settings) not in objects] == []
 
 
 def importlib_object(path: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -80,8 +81,11 @@ def test_a_recipe_that_cannot_push_in_the_end_pushes_when_it_is_run_again(hub, c
 
 
 def test_another_stage_can_be_pushed(hub, compress):
-    code, out, _ = compress("--push-to-hub", "--hub-stage", "distill", "--hub-model-id", "student")
-    assert code == 0 and "Pushed distill to ada/student" in out
+    code, out, err = compress("--push-to-hub", "--hub-stage", "distill", "--hub-model-id", "student", "--json")
+    assert code == 0 and "Pushed distill to ada/student" in err
+    pushed = json.loads(out)["pushed"]
+    assert (pushed["stage"], pushed["repository"]) == ("distill", "ada/student")
+    assert pushed["url"].startswith(f"{hub.url}/ada/student/commit/")
     card = ModelCard(hub.files("ada/student")["README.md"].decode())
     assert card.data.library_name == "transformers" and "loads in Transformers without any plugin" in card.text
     # What was fine-tuned and no more has no card of ours.
@@ -97,10 +101,15 @@ def test_a_recipe_starts_from_an_id(hub, client, compress, data_folder, tmp_path
     card = ModelCard(hub.files("ada/out")["README.md"].decode())
     assert card.data.base_model == "ada/student" and card.data.license == "mit"
     assert card.data.tags == ["optimum-flexcompress", "distillation", "onnx"]
-    code, _, err = client.cli("compress", "-m", "ada/nothing", *options, "-o", tmp_path / "none")
+
+
+@pytest.mark.parametrize("options", [["--recipe", "distil-int8"], ["--dry-run"]])
+def test_a_model_that_is_not_on_the_hub_is_missed_before_the_data(client, tmp_path, options):
+    more = ["--dataset", tmp_path / "nothing.csv", "--task", "text-classification", "-o", tmp_path / "none"]
+    code, _, err = client.cli("compress", "-m", "ada/nothing", *more, *options)
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
-    assert code == 1 and "no model of that name could be fetched from the Hub" in line
-    assert not (tmp_path / "none").exists()
+    assert code == 1 and "There is no folder ada/nothing here, and no model of that name on the Hub" in line
+    assert err.rstrip().endswith(line) and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
