@@ -47,7 +47,7 @@ def test_the_commands_are_listed(arguments):
     assert done.stderr == "imported:\n"
     for command in COMMANDS:
         assert command in done.stdout
-    assert "examples:" in done.stdout and "optimum-cli flexcompress benchmark small/best" in done.stdout
+    assert "examples:" in done.stdout and "optimum-cli flexcompress benchmark small/quantize" in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
