@@ -75,7 +75,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(compress, tmp_path, monkey
 def test_a_dry_run_as_json(compress, tmp_path, model_folder, data_folder):  # noqa: F811
     columns = ["--columns", "text=text", "label=category"]
     done = compress(
-        "--max-drop", "1%", "--target-latency", "1us", *columns, "--dry-run", "--json", "-o", tmp_path / "o"
+        "--max-drop", "1%", "--target-latency", "0.001ms", *columns, "--dry-run", "--json", "-o", tmp_path / "o"
     )
     assert done.code == 0, done.err
     found = json.loads(done.out)
