@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 
 
 class FlexCompressError(ValueError):
@@ -41,3 +43,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f' Did you mean "{close[0]}"?' if close else ""
     return f"{hint} Known: {', '.join(known)}."
+
+
+@contextlib.contextmanager
+def damage_explained(graph: str | os.PathLike) -> Iterator[None]:
+    """Says in one sentence that ONNX Runtime, whose errors have no class in common, cannot open a file.
+
+    Args:
+        graph: The file, or the folder of several.
+
+    Raises:
+        FlexCompressError: ONNX Runtime raised an error of its own in the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FlexCompressError(
+            f"{graph} cannot be opened ({reason}): it is damaged; copy the folder again, or quantize the original again."
+        ) from error

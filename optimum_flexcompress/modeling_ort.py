@@ -7,11 +7,15 @@ files, which the classes here read. They run stock exports just the same.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM
 from optimum.onnxruntime.modeling_seq2seq import ORTDecoderForSeq2Seq
+
+from .errors import damage_explained
 
 
 class _CacheShapesFromGraph:
@@ -68,6 +72,16 @@ class FlexORTModelForCausalLM(_CacheShapesFromGraph, ORTModelForCausalLM):
     ```
     """
 
+    @classmethod
+    def from_pretrained(cls, model_id: str | os.PathLike, *args: Any, **kwargs: Any) -> FlexORTModelForCausalLM:
+        """See [`~optimum.onnxruntime.ORTModelForCausalLM`].
+
+        Raises:
+            FlexCompressError: A file is damaged.
+        """
+        with damage_explained(model_id):
+            return super().from_pretrained(model_id, *args, **kwargs)
+
 
 class FlexORTDecoderForSeq2Seq(_CacheShapesFromGraph, ORTDecoderForSeq2Seq):
     """The decoder half of [`FlexORTModelForSeq2SeqLM`]."""
@@ -80,3 +94,17 @@ class FlexORTModelForSeq2SeqLM(ORTModelForSeq2SeqLM):
     """
 
     _ort_decoder_class = FlexORTDecoderForSeq2Seq
+
+    @classmethod
+    def from_pretrained(cls, model_id: str | os.PathLike, *args: Any, **kwargs: Any) -> FlexORTModelForSeq2SeqLM:
+        """See [`~optimum.onnxruntime.ORTModelForSeq2SeqLM`].
+
+        Raises:
+            FlexCompressError: A file is damaged.
+        """
+        folder = Path(model_id)
+        if folder.is_dir() and not any(folder.glob("**/*merged*.onnx")):
+            # Optimum would look for a merged decoder and warn that there is none.
+            kwargs.setdefault("use_merged", False)
+        with damage_explained(model_id):
+            return super().from_pretrained(model_id, *args, **kwargs)

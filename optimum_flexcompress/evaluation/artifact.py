@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from ..errors import FlexCompressError
+from ..errors import FlexCompressError, damage_explained
 from ..quantization.saved import has_saved, peek_saved, read_saved
 from ..tasks import get_task, has_head, infer_task
 from ..tasks.base import Task, load_pretrained, set_padding
@@ -280,7 +280,8 @@ def _open_onnx(path: Path, task: Task, threads: int | None, options: dict[str, A
             f"{folder} holds several ONNX models ({', '.join(file.name for file in graphs)}): name the one to open, "
             f"for example {graphs[0]}."
         )
-    model = load_pretrained(task.ort_class, folder, session_options=session_options, **options)
+    with damage_explained(graphs[0] if len(graphs) == 1 else folder):
+        model = load_pretrained(task.ort_class, folder, session_options=session_options, **options)
     set_padding(model)
     names = getattr(model, "input_names", None)
     inputs = frozenset(names) if names and not task.generation and task.name != "text-generation" else None

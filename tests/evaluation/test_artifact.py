@@ -155,6 +155,26 @@ def test_a_head_is_not_made_up(tmp_path):
         open_artifact(both, "question-answering")
 
 
+def test_a_damaged_graph_is_one_sentence(exported, tmp_path):
+    import shutil
+
+    from optimum_flexcompress import FlexORTModelForCausalLM, FlexORTModelForSeq2SeqLM
+
+    shutil.copytree(exported, tmp_path / "cut")
+    graph = tmp_path / "cut" / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+    with pytest.raises(
+        FlexCompressError, match=r"model\.onnx cannot be opened \(.*\): it is damaged; copy the folder"
+    ):
+        open_artifact(tmp_path / "cut")
+    with pytest.raises(FlexCompressError, match="cannot be opened .* it is damaged"):
+        FlexORTModelForCausalLM.from_pretrained(tmp_path / "cut")
+    for name in ("encoder_model", "decoder_model", "decoder_with_past_model"):
+        shutil.copy(graph, tmp_path / "cut" / f"{name}.onnx")
+    with pytest.raises(FlexCompressError, match="cannot be opened .* it is damaged"):
+        FlexORTModelForSeq2SeqLM.from_pretrained(tmp_path / "cut")
+
+
 def test_several_onnx_models_in_one_folder(exported, tmp_path):
     import shutil
 
