@@ -10,9 +10,10 @@ Where the entry also names modules with int8 weights, it lets torchao compute wi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -61,11 +62,37 @@ class FlexCompressQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    _checked: Path | None = None
+
     def validate_environment(self, *args, **kwargs) -> None:
         if self.quantization_config.int8 is not None:
             require_torchao()
 
+    def update_tp_plan(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Does nothing to the plan: of what is called before the weights are opened, this alone knows the folder.
+
+        The auto classes have written it down by then, the classes of single families do it later.
+        """
+        self._check_files(config)
+        return super().update_tp_plan(config)
+
+    def _check_files(self, config: PretrainedConfig) -> None:
+        """Checks int8 weights against the record beside them, where there is one.
+
+        Raises:
+            FlexCompressError: They are damaged.
+        """
+        if self.quantization_config.int8 is None or not config.name_or_path:
+            return
+        from .quantization.saved import has_saved, read_saved
+
+        folder = Path(config.name_or_path)
+        if folder != self._checked and has_saved(folder):
+            read_saved(folder, "torchao")
+            self._checked = folder
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
+        self._check_files(model.config)
         if self.quantization_config.structure is not None:
             resize(model, ModelStructure.from_dict(self.quantization_config.structure))
         elif self.quantization_config.int8 is None and not hasattr(model.config, LENGTHS_KEY):

@@ -111,6 +111,21 @@ def test_a_compressed_model_that_drops_tokens(tmp_path):
         open_artifact(tmp_path / "int8")
 
 
+@pytest.mark.parametrize("change", ["flipped", "cut"])
+def test_damage_is_found_without_being_asked_for(tmp_path, change):
+    model = build("bert", HEADS["bert"])
+    quantize_torchao(model, tmp_path / "int8")
+    weights = tmp_path / "int8" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content if change == "flipped" else content[:-10])
+    with pytest.raises(FlexCompressError, match="is damaged or was changed|is incomplete or was changed"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8")
+    if change == "flipped":
+        with pytest.raises(FlexCompressError, match="SHA-256 differs"):
+            type(model).from_pretrained(tmp_path / "int8")
+
+
 def test_agreement_on_a_real_model(tmp_path):
     encoded, labels = encoded_questions()
 
