@@ -19,6 +19,8 @@ from .quantization.runtime_model import (
     ForSequenceClassification,
     ForTokenClassification,
     RuntimeModel,
+    longest_input,
+    only_file,
 )
 from .quantization.saved import Saved
 
@@ -74,7 +76,7 @@ class IPEXQuantizedModel(RuntimeModel):
     def _open(cls, saved: Saved, config: PretrainedConfig, **options: Any) -> torch.jit.ScriptModule:
         for name in options:
             raise FlexCompressError(f"IPEX models have no option {name!r}: there are length_bucket, expected_sha256.")
-        (path,) = saved.files.values()
+        path = only_file(saved, ".pt")
         try:
             return torch.jit.load(str(path)).eval()
         except RuntimeError as error:
@@ -86,7 +88,7 @@ class IPEXQuantizedModel(RuntimeModel):
         rows, length = next(iter(inputs.values())).shape[:2]
         padding = 0
         if "input_ids" in inputs:
-            limit = getattr(self.config, "max_position_embeddings", None) or length + self.length_bucket
+            limit = longest_input(self.config) or length + self.length_bucket
             padding = min(-length % self.length_bucket, max(limit - length, 0))
         if padding:
             inputs = {name: F.pad(tensor, (0, padding), value=self._pad(name)) for name, tensor in inputs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from .errors import FlexCompressError, MissingExtraError
+from .errors import FlexCompressError, MissingExtraError, nearest
 from .quantization.runtime_model import (
     ForFeatureExtraction,
     ForImageClassification,
@@ -18,8 +19,12 @@ from .quantization.runtime_model import (
     ForSequenceClassification,
     ForTokenClassification,
     RuntimeModel,
+    only_file,
 )
-from .quantization.saved import Saved, installed_versions
+from .quantization.saved import RECORD_NAME, Saved, installed_versions
+
+
+_OPTIONS = ("threads", "precision", "device", "expected_sha256")
 
 
 class OVQuantizedModel(RuntimeModel):
@@ -51,7 +56,10 @@ class OVQuantizedModel(RuntimeModel):
         threads: int | None = None,
         precision: str | None = None,
         device: str = "CPU",
+        **unknown: Any,
     ) -> _Compiled:
+        for name in unknown:
+            raise FlexCompressError(f"OpenVINO models have no option {name!r}.{nearest(name, _OPTIONS)}")
         try:
             import openvino
         except ModuleNotFoundError as error:
@@ -64,7 +72,7 @@ class OVQuantizedModel(RuntimeModel):
             settings["INFERENCE_NUM_THREADS"] = threads
         if precision is not None:
             settings["INFERENCE_PRECISION_HINT"] = precision
-        (file,) = (path for name, path in saved.files.items() if name.endswith(".xml"))
+        file = only_file(saved, ".xml")
         try:
             return _Compiled(openvino.Core().compile_model(file, device, settings))
         except RuntimeError as error:
@@ -99,12 +107,22 @@ class _Compiled:
 
 def _check_version(saved: Saved) -> None:
     """OpenVINO reads what older versions wrote, not what newer ones did."""
-    made, here = saved.versions.get("openvino", "0"), installed_versions("openvino")["openvino"]
-    if [int(part) for part in made.split(".")[:2]] > [int(part) for part in here.split(".")[:2]]:
+    made, here = saved.versions.get("openvino", "0.0"), installed_versions("openvino")["openvino"]
+    if _major_and_minor(made) is None:
+        raise FlexCompressError(
+            f"{saved.folder / RECORD_NAME} says that OpenVINO {made} made the model, which is no version: quantize the "
+            "original model again."
+        )
+    if _major_and_minor(made) > (_major_and_minor(here) or (0, 0)):
         raise FlexCompressError(
             f"{saved.folder} was made with OpenVINO {made}, and {here} is installed: install `openvino>={made}`, or "
             "quantize the original model again."
         )
+
+
+def _major_and_minor(version: Any) -> tuple[int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)", str(version))
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 class OVQuantizedModelForFeatureExtraction(ForFeatureExtraction, OVQuantizedModel):

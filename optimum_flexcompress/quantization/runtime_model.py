@@ -6,6 +6,7 @@ A runtime adds one class, which opens the saved files and maps a batch to output
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from abc import abstractmethod
@@ -17,7 +18,7 @@ import torch
 import transformers
 from optimum.modeling_base import OptimizedModel
 from optimum.utils.save_utils import maybe_save_preprocessors
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_outputs import (
     BaseModelOutput,
     ImageClassifierOutput,
@@ -29,6 +30,7 @@ from transformers.modeling_outputs import (
 )
 
 from ..errors import FlexCompressError, nearest
+from ..hub import fetch_model, is_hub_id
 from .saved import RECORD_NAME, Saved, read_saved
 
 
@@ -110,6 +112,29 @@ class RuntimeModel(OptimizedModel):
         Returns:
             The tensors of `self.output_names`.
         """
+
+    @classmethod
+    def from_pretrained(
+        cls, model_id: str | os.PathLike, config: PretrainedConfig | str | os.PathLike | None = None, **kwargs: Any
+    ) -> RuntimeModel:
+        """Opens a folder, or a model on the Hub, that `quantize` wrote; see [`OptimizedModel.from_pretrained`].
+
+        Args:
+            model_id: The folder or the id.
+            config: The configuration; that of the folder when `None`.
+            **kwargs: See `_from_pretrained`.
+
+        Raises:
+            FlexCompressError: There is no such model, or it cannot be opened; see `_from_pretrained`.
+        """
+        special = ("cache_dir", "force_download", "local_files_only", "subfolder")
+        if not is_hub_id(model_id) or not any(kwargs.get(name) for name in special):
+            model_id = fetch_model(model_id, kwargs.get("revision"), kwargs.get("token"))
+            if not model_id.is_dir():
+                raise FlexCompressError(f"There is no folder {model_id}: check the path of the model.")
+            if config is None:
+                config = _read_config(model_id / kwargs.get("subfolder", ""))
+        return super().from_pretrained(model_id, config=config, **kwargs)
 
     @classmethod
     def _from_pretrained(
@@ -229,7 +254,7 @@ class RuntimeModel(OptimizedModel):
             return_dict: Whether to return an output class of Transformers (the default) and not a tuple.
 
         Raises:
-            FlexCompressError: What the model reads is missing.
+            FlexCompressError: What the model reads is missing, too long, or not in its vocabulary.
         """
         given = {
             "input_ids": input_ids,
@@ -244,8 +269,65 @@ class RuntimeModel(OptimizedModel):
             if tensor is None:
                 tensor = _default_input(name, input_ids)
             inputs[name] = torch.as_tensor(tensor).contiguous()
+        if "input_ids" in inputs:
+            self._check_ids(inputs["input_ids"])
         outputs = dict(zip(self.output_names, self._run(inputs), strict=True))
         return tuple(outputs.values()) if return_dict is False else self.output_class(**outputs)
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        """Runtimes look up what their tables do not hold without a word, or answer with nothing."""
+        limit, size = longest_input(self.config), getattr(self.config, "vocab_size", None)
+        if limit is not None and ids.shape[-1] > limit:
+            raise FlexCompressError(
+                f"The model takes at most {limit} tokens, not {ids.shape[-1]}: truncate the input (truncation=True, "
+                f"max_length={limit})."
+            )
+        if size is not None and ids.numel():
+            lowest, highest = (int(value) for value in ids.aminmax())
+            if lowest < 0 or highest >= size:
+                raise FlexCompressError(
+                    f"The input has the token id {highest if highest >= size else lowest}, and the vocabulary of the "
+                    f"model goes from 0 to {size - 1}: use the tokenizer that was saved with the model."
+                )
+
+
+def longest_input(config: PretrainedConfig) -> int | None:
+    """How many tokens a model takes; `None` where nothing sets an end."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and "roberta" in config.model_type:
+        # Its positions count from behind the one that stands for padding.
+        limit -= config.pad_token_id + 1
+    return limit
+
+
+def only_file(saved: Saved, ending: str) -> Path:
+    """The one file of a saved model whose name ends so.
+
+    Raises:
+        FlexCompressError: There is none, or there are several.
+    """
+    found = [path for name, path in saved.files.items() if name.endswith(ending)]
+    if len(found) != 1:
+        raise FlexCompressError(
+            f"{saved.folder / RECORD_NAME} names {len(found) or 'no'} {ending} files where there must be one: quantize the "
+            "original model again."
+        )
+    return found[0]
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    path = folder / "config.json"
+    try:
+        # Transformers does not say what is wrong with it.
+        json.loads(path.read_text(encoding="utf-8"))
+        return AutoConfig.from_pretrained(folder)
+    except FileNotFoundError:
+        raise FlexCompressError(f"{folder} has no config.json: copy the whole folder again.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FlexCompressError(
+            f"{path} cannot be read ({reason.rstrip('.')}): copy the whole folder again, or quantize the original again."
+        ) from error
 
 
 def _default_input(name: str, ids: torch.Tensor | None) -> torch.Tensor:

@@ -243,4 +243,4 @@ def _check_versions(saved: Saved, packages: Collection[str]) -> None:
 
 
 def _minor(version: str) -> list[str]:
-    return version.split("+")[0].split(".")[:2]
+    return str(version).split("+")[0].split(".")[:2]

@@ -91,6 +91,12 @@ def test_the_wrong_class_and_options(folder):
     assert "have no option 'threads'" in refusal(folder, threads=2)
 
 
+def test_a_record_without_the_archive(folder):
+    (folder / "other.bin").write_bytes(b"x")
+    edit(folder, files={"other.bin": {"sha256": sha256_of(folder / "other.bin"), "bytes": 1}})
+    assert "names no .pt files where there must be one" in refusal(folder)
+
+
 def test_an_artifact_of_the_lane(folder):
     word_tokenizer().save_pretrained(folder)
     artifact = open_artifact(folder, threads=1)

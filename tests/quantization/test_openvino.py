@@ -273,6 +273,8 @@ def test_damaged_and_other_artefacts(classifier, tmp_path):
         OVQuantizedModelForQuestionAnswering.from_pretrained(folder)
     with pytest.raises(FlexCompressError, match="OpenVINO cannot open .* on the device TPU"):
         OVQuantizedModel.from_pretrained(folder, device="TPU")
+    with pytest.raises(FlexCompressError, match="no option 'thread'. Did you mean \"threads\""):
+        OVQuantizedModel.from_pretrained(folder, thread=1)
     weights = (folder / WEIGHTS_NAME).read_bytes()
     (folder / WEIGHTS_NAME).write_bytes(weights[:-100])
     with pytest.raises(FlexCompressError, match="it is incomplete or was changed"):
@@ -284,6 +286,8 @@ def test_damaged_and_other_artefacts(classifier, tmp_path):
     record = json.loads((folder / RECORD_NAME).read_text())
     for change, message in (
         ({"versions": {"openvino": "2099.1.0"}}, r"made with OpenVINO 2099\.1\.0, and .* is installed: install"),
+        ({"versions": {"openvino": "dev"}}, "OpenVINO dev made the model, which is no version"),
+        ({"files": {WEIGHTS_NAME: record["files"][WEIGHTS_NAME]}}, "names no .xml files where there must be one"),
         ({"format": 0}, "quantize the original model again"),
         ({"backend": "ipex"}, "made for the backend ipex"),
     ):

@@ -109,6 +109,29 @@ def test_bad_folders(folder, tmp_path):
     change(folder, backend="ipex")
     with pytest.raises(FlexCompressError, match="made for the backend ipex"):
         EchoForSequenceClassification.from_pretrained(folder)
+    with pytest.raises(FlexCompressError, match="There is no folder .*nope: check the path"):
+        EchoForSequenceClassification.from_pretrained("./nope")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(FlexCompressError, match=r"config\.json cannot be read \(Expecting"):
+        EchoForSequenceClassification.from_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "no-such-model"}')
+    with pytest.raises(FlexCompressError, match=r"config\.json cannot be read \(The checkpoint"):
+        EchoForSequenceClassification.from_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(FlexCompressError, match=r"has no config\.json"):
+        EchoForSequenceClassification.from_pretrained(folder)
     build("bert", "BertForSequenceClassification").config.save_pretrained(tmp_path / "plain")
     with pytest.raises(FlexCompressError, match="has no flexcompress_backend.json"):
         EchoForSequenceClassification.from_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(("family", "limit"), [("bert", 64), ("roberta", 62)])
+def test_inputs_that_the_model_cannot_take(folder, family, limit):
+    build(family, f"{family.capitalize()}ForSequenceClassification").config.save_pretrained(folder)
+    model = EchoForSequenceClassification.from_pretrained(folder)
+    assert model(torch.full((1, limit), 5)).logits.shape == (1, 3)
+    with pytest.raises(FlexCompressError, match=rf"at most {limit} tokens, not {limit + 1}: .*max_length={limit}\)"):
+        model(torch.full((1, limit + 1), 5))
+    for wrong in (64, -1):
+        with pytest.raises(FlexCompressError, match=f"token id {wrong}, and the vocabulary .* from 0 to 63"):
+            model(torch.tensor([[5, wrong, 5]]))
