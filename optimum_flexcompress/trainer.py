@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -316,6 +317,9 @@ class FlexCompressMixin(SavingMixin):
             self._logged_step = self.state.global_step
             terms = self._runner.pop_logs(steps, self._nested_gather)
             logs.update({name: round(value, 6) for name, value in terms.items()})
+            if "grad_norm" in logs:
+                # The trainer knows the model's own weights alone, which a method may have frozen.
+                logs["grad_norm"] = math.hypot(logs["grad_norm"], self._groups.gradient_norm())
         super().log(logs, start_time)
 
     # Checkpoints

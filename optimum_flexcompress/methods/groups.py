@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,7 @@ class MethodGroups:
             for method in methods
             for group in method.parameter_groups()
         }
+        self._norms: list[torch.Tensor] = []
 
     def add_to(self, optimizer: torch.optim.Optimizer, args: TrainingArguments) -> None:
         for name, group in self.groups.items():
@@ -70,6 +72,7 @@ class MethodGroups:
 
     def before_step(self, optimizer: torch.optim.Optimizer, step: int, max_steps: int, max_grad_norm: float) -> None:
         """Sets the learning rates that follow a schedule of their own, and clips each group by itself."""
+        self._norms = []
         for options in optimizer.param_groups:
             group = self.groups.get(options.get(GROUP_KEY))
             if group is None:
@@ -79,4 +82,9 @@ class MethodGroups:
                 options["lr"] = base * group.schedule(step, max_steps)
             bound = max_grad_norm if group.max_grad_norm is None else group.max_grad_norm
             if bound:
-                torch.nn.utils.clip_grad_norm_(group.parameters, bound)
+                # Read when it is logged: to read it in every step would make the device wait.
+                self._norms.append(torch.nn.utils.clip_grad_norm_(group.parameters, bound))
+
+    def gradient_norm(self) -> float:
+        """The norm of the gradients of all groups in the last step, before they were clipped."""
+        return math.hypot(*(norm.item() for norm in self._norms))

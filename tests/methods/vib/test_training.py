@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from optimum_flexcompress import DistillationConfig, FlexCompressError, ModelStructure
 from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.structure import count_parameters
-from tests.methods.toys import FAMILIES, assert_same, data_of, model_of, weights
+from tests.methods.toys import FAMILIES, assert_same, data_of, logs_of, model_of, weights
 from tests.methods.vib.helpers import config_of, trainer_of
 
 
@@ -113,6 +113,8 @@ def test_faster_trains_masks_only(tmp_path):
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     dense = sum(before[name].numel() for name in before if ".layer." in name)
     assert abs(_sparsity(trainer.model, dense) - 0.4) <= 0.01 * 0.6
+    # The weights have no gradients, and the masks have.
+    assert all(entry["grad_norm"] > 0 for entry in logs_of(trainer) if "grad_norm" in entry)
 
 
 def test_fast_repeats_a_little_of_the_data(tmp_path):
