@@ -79,8 +79,10 @@ optimum-cli flexcompress assemble -m me/modular-t5 --ratio 2 -o t5-half --push-t
             assembly = modular.choose(args.strategy, args.ratio)
         assembly = modular.save_assembled(assembly, args.output, source=args.model, overwrite=args.overwrite)
         full, layers = sum(modular.depths.values()), counted(assembly.layers, "layer")
+        missed = args.ratio is not None and f"{args.ratio:.4g}" != f"{assembly.ratio:.4g}"
         self.show(
-            f"{assembly.summary()}\n{full} layers became {assembly.layers}: a ratio of {assembly.ratio:.4g}",
+            f"{assembly.summary()}\n{full} layers became {assembly.layers}: a ratio of {assembly.ratio:.4g}"
+            + (f", the nearest to the {args.ratio:g} asked for" if missed else ""),
             {
                 "output": args.output,
                 "layers": assembly.layers,

@@ -47,6 +47,7 @@ def run(*arguments) -> int:
         (["--ratio", "3"], (2, 2), "3"),
         (["--strategy", "speed-first", "--ratio", "1.5"], (6, 2), "1.5"),
         (["--strategy", "plan.json"], (6, 4), "1.2"),
+        (["--ratio", "2.5"], (3, 2), "2.4, the nearest to the 2.5 asked for"),
     ],
 )
 def test_a_stock_folder_with_a_card(folder, tmp_path, monkeypatch, capsys, options, counts, ratio):

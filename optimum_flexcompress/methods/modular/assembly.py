@@ -98,9 +98,10 @@ class Assembly:
             FlexCompressError: It is no plan.
         """
         if not isinstance(data, Mapping) or not data:
+            this = "one is empty" if data == {} else f"is {type(data).__name__}"
             raise FlexCompressError(
                 'A plan maps stacks to lists of pieces, such as {"decoder": [{"layer": 0}, {"granularity": 2, '
-                f'"block": 1}}]}}; this is {type(data).__name__}.'
+                f'"block": 1}}]}}; this {this}.'
             )
         return cls({str(name): tuple(_read_pieces(str(name), pieces)) for name, pieces in data.items()})
 
@@ -167,6 +168,8 @@ def _read_pieces(stack: str, data: Any) -> list[Piece]:
 
 def _check_stack(name: str, pieces: Sequence[Piece], depth: int, granularities: Sequence[int]) -> None:
     place, before = 0, None
+    # What seems to be missing may come further up.
+    order = "; list pieces bottom layer first" if list(pieces) != sorted(pieces, key=lambda p: p.start) else ""
     for piece in pieces:
         if piece.is_module and piece.granularity not in granularities:
             trained = ", ".join(map(str, granularities)) or "no granularity"
@@ -179,12 +182,12 @@ def _check_stack(name: str, pieces: Sequence[Piece], depth: int, granularities: 
         if piece.start > place:
             where = f"between {before} and {piece}" if before is not None else f"before {piece}"
             raise FlexCompressError(
-                f"The plan of the {name} has a gap {where}: nothing stands for {_layers(place, piece.start)}."
+                f"The plan of the {name} has a gap {where}: nothing stands for {_layers(place, piece.start)}{order}."
             )
         if piece.start < place:
             raise FlexCompressError(
                 f"The plan of the {name} has an overlap: both {before} and {piece} stand for "
-                f"{_layers(piece.start, min(place, piece.stop))}."
+                f"{_layers(piece.start, min(place, piece.stop))}{order}."
             )
         place, before = piece.stop, piece
     if place < depth:

@@ -23,10 +23,18 @@ from ..teacher import Teacher, unwrap_peft
 from .assembly import Assembly, Piece
 from .curriculum import draw_route
 from .model import ModularModel
-from .modules import describe_whole, follow, module_name, pieces_of, template_of, usable_granularities
+from .modules import (
+    describe_whole,
+    follow,
+    generates_with_deeper_decoder,
+    module_name,
+    pieces_of,
+    template_of,
+    usable_granularities,
+)
 from .observer import Observation, Observer
 from .routing import Router
-from .strategies import SIZE_FIRST, choose
+from .strategies import SIZE_FIRST, choose, reachable_counts
 
 
 _TARGETS, _LOGITS = "modular.targets", "modular.logits"
@@ -58,8 +66,19 @@ class ModularMethod(CompressionMethod):
         view = describe_whole(model)
         granularities = usable_granularities(view, self.config)
         depths = {name: len(stack.layers) for name, stack in view.stacks.items()}
+        deeper_decoder = generates_with_deeper_decoder(view)
+        # The full model alone: a training in full, and nothing to assemble at its end.
+        if len(reachable_counts(depths, granularities, deeper_decoder)) == 1:
+            depth, family = depths["decoder"], view.family
+            raise FlexCompressError(
+                f"A {family} model cannot generate with a decoder deeper than its encoder, so modules for the encoder "
+                f"alone give no model: give the decoder modules too (granularities that divide {depth})."
+                if "decoder" not in granularities
+                else f"A {family} model cannot generate with a decoder deeper than its encoder, and these modules give "
+                f"no other model: give the decoder modules that stand for more of its {depth} layers."
+            )
         if self.config.evaluated_ratio is not None:
-            choose(SIZE_FIRST, self.config.evaluated_ratio, depths, granularities)
+            choose(SIZE_FIRST, self.config.evaluated_ratio, depths, granularities, deeper_decoder=deeper_decoder)
         if self.config.logits_weight:
             head_of(model)
         others = [other for other in context.methods if other is not self.config]

@@ -28,7 +28,14 @@ from ...surgery import adopt_layers
 from ...tasks.base import load_pretrained
 from ..runner import STATE_NAME
 from .assembly import Assembly
-from .modules import describe_whole, make_modules, module_name, template_of, usable_granularities
+from .modules import (
+    describe_whole,
+    generates_with_deeper_decoder,
+    make_modules,
+    module_name,
+    template_of,
+    usable_granularities,
+)
 from .routing import Router, put_layers
 from .strategies import choose, smallest
 
@@ -83,25 +90,22 @@ class ModularModel:
         Raises:
             FlexCompressError: The ratio is out of reach, or the strategy does not suit the model.
         """
-        return choose(strategy, ratio, self.depths, self.granularities)
+        return choose(
+            strategy,
+            ratio,
+            self.depths,
+            self.granularities,
+            deeper_decoder=self.generates_with_deeper_decoder,
+        )
 
     def smallest(self) -> Assembly:
         """The assembly of the fewest layers."""
-        return smallest(self.depths, self.granularities)
+        return smallest(self.depths, self.granularities, deeper_decoder=self.generates_with_deeper_decoder)
 
     @property
     def generates_with_deeper_decoder(self) -> bool:
-        """Whether Transformers could generate with a decoder that is deeper than the encoder.
-
-        It sizes the cache of a T5 decoder by the number of encoder layers.
-        """
-        if not self.model.can_generate() or len(self.depths) < 2:
-            return True
-        config = copy.deepcopy(self.model.config)
-        for name, count in (("encoder", 1), ("decoder", 2)):
-            for key in self.view.stacks[name].table.config.layers:
-                setattr(config, key, count)
-        return config.get_text_config(decoder=True).num_hidden_layers >= 2
+        """Whether Transformers could generate with a decoder that is deeper than the encoder."""
+        return generates_with_deeper_decoder(self.view)
 
     def checked(self, assembly: Assembly) -> Assembly:
         """The assembly with every stack of the model in it, once it is known to give a model that works.

@@ -39,6 +39,20 @@ def describe_whole(model: PreTrainedModel) -> ModelView:
     return view
 
 
+def generates_with_deeper_decoder(view: ModelView) -> bool:
+    """Whether Transformers could generate with a decoder that is deeper than the encoder.
+
+    It sizes the cache of a T5 decoder by the number of encoder layers.
+    """
+    if not view.model.can_generate() or len(view.stacks) < 2:
+        return True
+    config = copy.deepcopy(view.model.config)
+    for name, count in (("encoder", 1), ("decoder", 2)):
+        for key in view.stacks[name].table.config.layers:
+            setattr(config, key, count)
+    return config.get_text_config(decoder=True).num_hidden_layers >= 2
+
+
 def usable_granularities(view: ModelView, config: ModularConfig) -> dict[str, list[int]]:
     """The granularities of the modules in each stack that has modules.
 
@@ -60,6 +74,9 @@ def usable_granularities(view: ModelView, config: ModularConfig) -> dict[str, li
             working = [granularity for granularity in range(2, depth + 1) if depth % granularity == 0]
             others = [other for other in view.stacks if other != name and config.stacks is None]
             advice = f"give granularities that do ({', '.join(map(str, working))})" if working else ""
+            if name == "decoder" and not generates_with_deeper_decoder(view):
+                # The finest modules of the encoder alone would leave the decoder the deeper one.
+                others = [o for o in others if len(view.stacks[o].layers) // usable[o][0] >= depth]
             if others:
                 advice += (", or " if advice else "") + f'leave the stack out with stacks=["{others[0]}"]'
             raise FlexCompressError(

@@ -46,8 +46,34 @@ def _pieces(sizes: Sequence[int]) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
+def reachable_counts(
+    depths: Mapping[str, int], granularities: Mapping[str, Sequence[int]], deeper_decoder: bool = True
+) -> list[tuple[int, ...]]:
+    """The numbers of layers, one for each stack, that a model can come down to.
+
+    Args:
+        depths: Layers of each stack.
+        granularities: Granularities of the modules in each stack.
+        deeper_decoder: Whether the decoder may be deeper than the encoder.
+
+    Returns:
+        Among them those of the full model.
+    """
+    found = product(*(tilings(depth, granularities.get(name, ())) for name, depth in depths.items()))
+    if deeper_decoder or len(depths) < 2:
+        return list(found)
+    names, full = list(depths), tuple(depths.values())
+    encoder, decoder = names.index("encoder"), names.index("decoder")
+    return [counts for counts in found if counts[decoder] <= counts[encoder] or counts == full]
+
+
 def choose(
-    strategy: str, ratio: float, depths: Mapping[str, int], granularities: Mapping[str, Sequence[int]]
+    strategy: str,
+    ratio: float,
+    depths: Mapping[str, int],
+    granularities: Mapping[str, Sequence[int]],
+    *,
+    deeper_decoder: bool = True,
 ) -> Assembly:
     """The assembly whose number of layers is nearest to that of the original divided by `ratio`.
 
@@ -58,6 +84,7 @@ def choose(
         ratio: Layers of the original model over those of the assembly, all stacks together.
         depths: Layers of each stack.
         granularities: Granularities of the modules in each stack.
+        deeper_decoder: Whether the decoder may be deeper than the encoder; see [`reachable_counts`].
 
     Raises:
         FlexCompressError: An unknown strategy, a ratio out of reach, or speed-first on a model with one stack.
@@ -69,9 +96,9 @@ def choose(
             f"speed-first takes from the decoder before the encoder, and this model has the {next(iter(depths))} "
             "alone: use size-first."
         )
-    tiled = {name: tilings(depth, granularities.get(name, ())) for name, depth in depths.items()}
+    reachable = reachable_counts(depths, granularities, deeper_decoder)
     total = sum(depths.values())
-    fewest = sum(min(counts) for counts in tiled.values())
+    fewest = min(map(sum, reachable))
     if not 1 <= ratio <= total / fewest + 1e-6:
         nearest_ratio = 1.0 if ratio < 1 else total / fewest
         raise FlexCompressError(
@@ -83,14 +110,27 @@ def choose(
         shares = [count / depth for count, depth in zip(counts, depths.values(), strict=True)]
         by_stack = dict(zip(depths, counts, strict=True))
         balance = (max(shares) - min(shares),) if strategy == SIZE_FIRST else ()
-        # Of two equally near the smaller model, and of two balanced alike the smaller decoder.
-        return (round(abs(sum(counts) - total / ratio), 9), sum(counts), *balance, by_stack.get("decoder", 0))
+        # Of two equally near the one with the nearer ratio, and of two balanced alike the smaller decoder.
+        layers = sum(counts)
+        distances = (round(abs(layers - total / ratio), 9), round(abs(total / layers - ratio), 9))
+        return (*distances, *balance, by_stack.get("decoder", 0))
 
-    counts = min(product(*tiled.values()), key=distance)
-    return Assembly({name: tiled[name][count] for name, count in zip(depths, counts, strict=True)})
+    return _assembly(min(reachable, key=distance), depths, granularities)
 
 
-def smallest(depths: Mapping[str, int], granularities: Mapping[str, Sequence[int]]) -> Assembly:
-    """The assembly of the fewest layers."""
-    tiled = {name: tilings(depth, granularities.get(name, ())) for name, depth in depths.items()}
-    return Assembly({name: counts[min(counts)] for name, counts in tiled.items()})
+def smallest(
+    depths: Mapping[str, int], granularities: Mapping[str, Sequence[int]], *, deeper_decoder: bool = True
+) -> Assembly:
+    """The assembly of the fewest layers; the arguments are those of [`choose`]."""
+    return _assembly(min(reachable_counts(depths, granularities, deeper_decoder), key=sum), depths, granularities)
+
+
+def _assembly(
+    counts: Sequence[int], depths: Mapping[str, int], granularities: Mapping[str, Sequence[int]]
+) -> Assembly:
+    return Assembly(
+        {
+            name: tilings(depth, granularities.get(name, ()))[count]
+            for (name, depth), count in zip(depths.items(), counts, strict=True)
+        }
+    )

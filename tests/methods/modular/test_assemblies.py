@@ -100,6 +100,22 @@ def test_what_strategies_refuse(strategy, ratio, depths, message):
         choose(strategy, ratio, depths, ALL)
 
 
+def test_of_two_equally_near_the_nearer_ratio():
+    # Four and a half layers would be right: five are 1.2 times fewer, and four 1.5 times.
+    assert choose("size-first", 4 / 3, {"encoder": 6}, {"encoder": [2]}).layers == 5
+
+
+def test_strategies_keep_the_decoder_from_being_the_deeper_one():
+    depths, granularities = {"encoder": 6, "decoder": 4}, {"encoder": [2, 3, 6], "decoder": [2]}
+    for strategy, ratio in itertools.product(("size-first", "speed-first"), (1.0, 1.4, 2.0, 2.5)):
+        stacks = choose(strategy, ratio, depths, granularities, deeper_decoder=False).stacks
+        assert len(stacks["decoder"]) <= len(stacks["encoder"])
+    assert smallest(depths, granularities).layers == 3
+    assert smallest(depths, granularities, deeper_decoder=False).layers == 4
+    with pytest.raises(FlexCompressError, match=r"can become 4 at least.* nearest is 2\.5\."):
+        choose("size-first", 10 / 3, depths, granularities, deeper_decoder=False)
+
+
 def test_plans_as_json(tmp_path):
     assembly = choose("speed-first", 1.5, DEPTHS, ALL)
     assembly.to_json_file(tmp_path / "plan.json")
@@ -120,6 +136,7 @@ def test_plans_as_json(tmp_path):
         ([(2, 1), (2, 2)], r"gap before module 2.1 \(layers 2 to 3\): nothing stands for layers 0 to 1"),
         ([(3, 0), (1, 3), (1, 4)], "gap after layer 4: nothing stands for layer 5"),
         ([(3, 0), (2, 1), (1, 4)], r"overlap: both module 3.0 .* and module 2.1 .* stand for layer 2"),
+        ([(3, 1), (3, 0)], r"gap before module 3.1 .* layers 0 to 2; list pieces bottom layer first\."),
         ([(1, 0), (1, 0)], "overlap: both layer 0 and layer 0 stand for layer 0"),
         ([(3, 0), (3, 2)], r"module 3.2 \(layers 6 to 8\) of the encoder, which has the layers 0 to 5"),
         ([(6, 0)], "module of granularity 6, and this checkpoint was trained for 2, 3 there"),
@@ -134,7 +151,8 @@ def test_plans_that_do_not_tile(plan, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "A plan maps stacks to lists"),
+        ([], "A plan maps stacks to lists.*; this is list"),
+        ({}, "A plan maps stacks to lists.*; this one is empty"),
         ({"encoder": []}, "give a list with at least one piece"),
         ({"encoder": [{"layer": 0, "block": 1}]}, "a piece is"),
         ({"encoder": [3]}, "a piece is"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModel, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import AutoModel, Seq2SeqTrainingArguments, T5ForConditionalGeneration, TrainerCallback
 
 from optimum_flexcompress import (
     Assembly,
@@ -85,6 +85,7 @@ def test_every_family_trains_its_modules_and_nothing_else(tmp_path, family, rout
     stacks = list(describe(model).stacks)
     expected = {"loss_modular_logits", "modular_layers", "modular_granularity", "modular_rate"}
     expected |= {f"loss_modular_{kind}_{name}" for kind in ("hidden_states", "attention") for name in stacks}
+    assert all(entry["grad_norm"] > 0 for entry in logs)
     assert terms == expected | ({"loss_modular_cross_attention"} if len(stacks) == 2 else set())
     for term in terms - {"modular_rate"}:
         assert max(entry[term] for entry in logs) > 0, term
@@ -420,6 +421,18 @@ def test_one_stack_may_be_left_out(tmp_path):
     trainer = train(tmp_path, shallow, data_of("t5"), ModularConfig(granularities=[2], stacks=["encoder"]))
     assert all(name.startswith("encoder_2_") for name in modules_of(trainer))
     assert method_of(trainer)._modular.smallest().ratio == pytest.approx(5 / 3)
+
+
+def test_modules_that_would_leave_a_deeper_decoder_give_no_model(tmp_path):
+    """Transformers could not generate with any assembly of them, which is said before the training."""
+    encoder = ModularConfig(granularities=[2], stacks=["encoder"])
+    with pytest.raises(FlexCompressError, match=r"A t5 model cannot .* encoder alone give no model.* divide 4\)"):
+        train(tmp_path, toy("t5"), data_of("t5"), encoder)
+    train(tmp_path, toy("bart"), data_of("bart"), encoder, max_steps=1)
+    config = toy("t5").config
+    config.num_layers, config.num_decoder_layers = 4, 3
+    with pytest.raises(FlexCompressError, match=r"The decoder has 3 layers, [^\[]*\(3\)\.$"):
+        train(tmp_path, T5ForConditionalGeneration(config), data_of("t5"), ModularConfig(granularities=[2]))
 
 
 def test_models_and_methods_that_do_not_go_together(tmp_path):
