@@ -66,6 +66,13 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
             help="How many tokens each layer keeps: counts (315,251,242) or fractions (1.0,0.8,0.5), one per layer, a "
             "JSON file with them, such as `search` writes for a pick, or full (default: what the model carries).",
         )
+        how.add_argument(
+            "--atol",
+            type=float,
+            metavar="X",
+            help="Largest difference of the exported model to the original that is accepted, as a share of the largest "
+            "output where that is above 1 (default: 1e-4).",
+        )
         how.add_argument("--no-embeddings", action="store_true", help="Leave embedding tables in single precision.")
         how.add_argument("--no-fuse", action="store_true", help="Leave the graph as it was exported.")
         data = parser.add_argument_group("calibration (static)")
@@ -117,7 +124,8 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         }
         if args.calibration is not None:
             options["calibration_method"] = args.calibration
-
+        if args.atol is not None:
+            options["atol"] = args.atol
         target = backend.find_target(args.target, args.mode).name
         lengths = None
         if args.length_config is not None:
@@ -130,6 +138,7 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         from optimum_flexcompress.hub import fetch_model
 
         model = fetch_model(args.model)
+        self._check_not_int8(model)
         examples = self._examples(model, columns) if args.mode == "static" else None
 
         from optimum_flexcompress.evaluation import environment_info, file_size
@@ -169,6 +178,16 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         print(f"Wrote {args.output}")
         if repository is not None:
             print(push(repository, args.output, "Upload int8 model"))
+
+    def _check_not_int8(self, model: Path) -> None:
+        from optimum_flexcompress.errors import FlexCompressError
+        from optimum_flexcompress.quantization.saved import has_saved, peek_saved
+
+        if has_saved(model):
+            raise FlexCompressError(
+                f"{self.args.model} is int8 already, for the backend {peek_saved(model).backend}: give the model that it "
+                "was made from."
+            )
 
     def _examples(self, model: Path, columns: dict[str, str]):
         from optimum_flexcompress.errors import FlexCompressError

@@ -78,9 +78,10 @@ def find_interpreter(lane: str, python: str | os.PathLike) -> str:
     program = shutil.which(str(path))
     if program is None:
         wrong = "is a folder" if path.is_dir() else "cannot be run" if path.exists() else "does not exist"
+        inside = path / "python" if path.name == "bin" else path / "bin" / "python"
         raise FlexCompressError(
             f"--python {lane}={python}: {path} {wrong}; give the interpreter of that environment, such as "
-            f"{path / 'bin' / 'python' if path.is_dir() else '.venv-ipex/bin/python'}."
+            f"{inside if path.is_dir() else '.venv-ipex/bin/python'}."
         )
     return program
 

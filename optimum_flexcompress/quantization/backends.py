@@ -83,6 +83,8 @@ def find_backend(name: str) -> Backend:
     Raises:
         FlexCompressError: The name is not known.
     """
+    if name == "tensorrt":
+        raise FlexCompressError("TensorRT runs what ONNX Runtime runs: choose --backend ort --target tensorrt.")
     if name not in BACKENDS:
         raise FlexCompressError(f"{name!r} is no quantization backend.{nearest(name, BACKENDS)}")
     return BACKENDS[name]

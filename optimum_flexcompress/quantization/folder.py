@@ -11,9 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..evaluation.formatting import counted
+from ..export.onnx import ATOL
 from ..output import check_output_folder
 from .configuration import FlexORTQuantizationConfig
 from .ort import FileReport, FlexORTQuantizer
+from .targets import SLOW
 
 
 @dataclass
@@ -48,7 +50,13 @@ class QuantizedFolder:
                 parts.append(counted(file.dropping_layers, "layer drops tokens", "layers drop tokens"))
             if file.first_token_only:
                 parts.append("last layer cut to the first token")
+            if file.left:
+                parts.append(
+                    counted(file.left, "product of weights", "products of weights") + " left in single precision"
+                )
             lines.append(", ".join(parts))
+        if self.config.resolved_target.reduce_range:
+            lines.append(SLOW)
         return "\n".join(lines)
 
 
@@ -62,6 +70,7 @@ def quantize_folder(
     num_calibration_samples: int = 200,
     task: str | None = None,
     length_config: Any = None,
+    atol: float = ATOL,
     overwrite: bool = False,
     progress: bool = False,
     **options: Any,
@@ -79,6 +88,7 @@ def quantize_folder(
         task: For the export, where the model's class does not tell it.
         length_config: For the export: how many tokens each layer of the encoder keeps, see
             [`~optimum_flexcompress.export.export_onnx`]; by default, what the model carries.
+        atol: For the export: largest difference to PyTorch's outputs that is accepted, see the same.
         overwrite: Whether `output` may be replaced.
         progress: Whether progress is shown.
         **options: Further fields of [`FlexORTQuantizationConfig`], such as `per_channel=False`.
@@ -91,7 +101,7 @@ def quantize_folder(
     """
     check_output_folder(output, overwrite=overwrite)
     config = FlexORTQuantizer.read_config(None, {"mode": mode, "target": target, **options})
-    quantizer = FlexORTQuantizer.from_pretrained(model, task=task, length_config=length_config)
+    quantizer = FlexORTQuantizer.from_pretrained(model, task=task, length_config=length_config, atol=atol)
     path = quantizer.quantize(
         config,
         output,

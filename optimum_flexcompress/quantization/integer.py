@@ -104,6 +104,7 @@ class _Scope:
         self.graph = graph
         self.constants: dict[str, TensorProto] = dict(outer)
         self.constants.update({tensor.name: tensor for tensor in graph.initializer})
+        self._read_constants_directly()
         for node in graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
                 self.constants[node.output[0]] = node.attribute[0].t
@@ -117,6 +118,22 @@ class _Scope:
             for node in graph.node
             if node.name not in options.exclude and (product := self._product(node)) is not None
         ]
+
+    def _read_constants_directly(self) -> None:
+        """Takes away what passes constants on: exporters store equal ones once, with an `Identity` for each other."""
+        sources: dict[str, str] = {}
+        outputs = {value.name for value in self.graph.output}
+        kept = []
+        for node in self.graph.node:
+            source = sources.get(node.input[0], node.input[0]) if node.op_type == "Identity" else ""
+            if source in self.constants and node.output[0] not in outputs:
+                sources[node.output[0]] = source
+            else:
+                kept.append(node)
+        if sources:
+            del self.graph.node[:]
+            self.graph.node.extend(kept)
+            _rename_inputs(self.graph, sources)
 
     def matrix(self, name: str) -> TensorProto | None:
         tensor = self.constants.get(name)
@@ -339,6 +356,30 @@ class _Writer:
         self._add("Gather", [scale, node.input[1]], parts[2:], f"{node.name}_scale", axis=0)
         self._add("Mul", parts[1:], [output], f"{node.name}_Mul")
         return True
+
+
+def products_left(graph: GraphProto, outer: Mapping[str, TensorProto] | None = None) -> int:
+    """How many products with constant weights are in single precision, those of sub-graphs too.
+
+    Args:
+        graph: The graph.
+        outer: The constants of the graphs around it.
+    """
+    scope = _Scope(graph, outer or {}, DEFAULT_OPTIONS)
+    own = sum(
+        node.op_type in ("MatMul", "Gemm") and any(scope.matrix(name) is not None for name in node.input[:2])
+        for node in graph.node
+    )
+    return own + sum(products_left(inner, scope.constants) for node in graph.node for inner in subgraphs(node))
+
+
+def _rename_inputs(graph: GraphProto, names: Mapping[str, str]) -> None:
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in names:
+                node.input[index] = names[name]
+        for inner in subgraphs(node):
+            _rename_inputs(inner, names)
 
 
 def _drop_unused_initializers(graph: GraphProto) -> None:

@@ -21,7 +21,7 @@ from ..errors import FlexCompressError, MissingExtraError, nearest
 from ..evaluation.formatting import counted
 from ..export.fusion import FusionReport
 from ..export.graph import MICROSOFT, load_model, save_model
-from ..export.onnx import export_onnx
+from ..export.onnx import ATOL, export_onnx
 from ..export.plain_attention import SHARED_PRODUCTS, plain_graph
 from ..output import atomic_folder, check_output_folder
 from ..tasks import get_task, infer_task
@@ -45,10 +45,6 @@ TASKS = (
 )
 # What this module asks of OpenVINO's own quantization, and no other setting.
 _SETTINGS = ("per_channel", "embeddings", "fuse", "calibration_method")
-SLOW = (
-    "This target has neither VNNI nor AMX: weights are 7-bit, against overflow, and int8 takes a quarter of the memory "
-    "but hardly less time than single precision."
-)
 
 
 @dataclass
@@ -81,7 +77,7 @@ class OpenVINOFolder:
             parts.append(counted(self.report.choices, "layer drops tokens", "layers drop tokens"))
         if self.report.first_token_only:
             parts.append("last layer cut to the first token")
-        return ", ".join(parts) + (f"\n{SLOW}" if self.target.reduce_range else "")
+        return ", ".join(parts) + (f"\n{targets.SLOW}" if self.target.reduce_range else "")
 
 
 def find_target(name: str, mode: str) -> targets.Target:
@@ -134,6 +130,7 @@ def quantize_openvino(
     num_calibration_samples: int = 200,
     task: str | None = None,
     length_config: Any = None,
+    atol: float = ATOL,
     overwrite: bool = False,
     progress: bool = False,
     **options: Any,
@@ -152,6 +149,7 @@ def quantize_openvino(
         task: What the model is for; by default, what its `config.json` says.
         length_config: For the export: how many tokens each layer of the encoder keeps; by default, what the model
             carries.
+        atol: For the export: largest difference to PyTorch's outputs that is accepted, see [`export_onnx`].
         overwrite: Whether `output` may be replaced.
         progress: Whether progress is shown.
         **options: `per_channel=False` for one scale for each weight matrix, `embeddings=False` to leave embedding
@@ -174,7 +172,7 @@ def quantize_openvino(
             "Int8 for OpenVINO needs calibration examples (calibration_dataset, --dataset): give some."
         )
     with tempfile.TemporaryDirectory() as temporary:
-        file, task = _exported(model, Path(temporary), task, length_config)
+        file, task = _exported(model, Path(temporary), task, length_config, atol)
         feeds = calibration_feeds([file], calibration_dataset, num_calibration_samples, 0, progress)[file.name]
         config = AutoConfig.from_pretrained(file.parent)
         graph, report = _prepared(file, config, options.get("fuse", True))
@@ -213,7 +211,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _exported(
-    model: PreTrainedModel | str | os.PathLike, temporary: Path, task: str | None, length_config: Any
+    model: PreTrainedModel | str | os.PathLike, temporary: Path, task: str | None, length_config: Any, atol: float
 ) -> tuple[Path, str]:
     """The ONNX file in single precision, beside its configuration, and the task."""
     if isinstance(model, PreTrainedModel):
@@ -232,7 +230,7 @@ def _exported(
             "all."
         )
     if not onnx:
-        (file,) = export_onnx(model, temporary / "onnx", name, length_config=length_config)
+        (file,) = export_onnx(model, temporary / "onnx", name, length_config=length_config, atol=atol)
         return file, name
     if length_config is not None:
         raise FlexCompressError(

@@ -22,14 +22,14 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from ..errors import FlexCompressError, nearest
 from ..export.fusion import FusionReport, fuse_graph
 from ..export.graph import load_model, save_model
-from ..export.onnx import DECODER, DECODER_MERGED, DECODER_WITH_PAST, export_onnx
+from ..export.onnx import ATOL, DECODER, DECODER_MERGED, DECODER_WITH_PAST, export_onnx
 from ..export.short_attention import choose_attention_by_size
 from ..output import atomic_folder
 from .calibration import Range, measure_ranges
 from .configuration import FlexORTQuantizationConfig
 from .examples import calibration_feeds
 from .fused import quantize_fused_operators
-from .integer import IntegerOptions, products_of, quantize_integer
+from .integer import IntegerOptions, products_left, products_of, quantize_integer
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class FileReport:
     Attributes:
         static: Products whose activations are rounded with calibrated ranges.
         dynamic: Products whose activations are rounded with ranges taken at run time.
+        left: Products of weights that stay in single precision.
         tables: Int8 embedding tables.
         fused: Operators fused by ONNX Runtime's optimizer that became int8, by type.
         attentions: Attentions that were fused.
@@ -57,6 +58,7 @@ class FileReport:
 
     static: int = 0
     dynamic: int = 0
+    left: int = 0
     tables: int = 0
     fused: dict[str, int] = field(default_factory=dict)
     attentions: int = 0
@@ -105,6 +107,7 @@ class FlexORTQuantizer(ORTQuantizer):
         task: str | None = None,
         processor: Any = None,
         length_config: Any = None,
+        atol: float = ATOL,
     ) -> FlexORTQuantizer:
         """Opens what is to be quantized.
 
@@ -116,6 +119,7 @@ class FlexORTQuantizer(ORTQuantizer):
             processor: For the export of a model in memory: its tokenizer or image processor, to be saved beside.
             length_config: For the export: how many tokens each layer keeps, see [`export_onnx`]; by default, what the
                 model carries.
+            atol: For the export: largest difference to PyTorch's outputs that is accepted, see [`export_onnx`].
 
         Raises:
             FlexCompressError: There is no model, it cannot be exported, or it is ONNX already and lengths are given.
@@ -138,7 +142,12 @@ class FlexORTQuantizer(ORTQuantizer):
                 return cls(files[0], files=files)
         exported = tempfile.TemporaryDirectory(prefix="flexcompress-export-")
         files = export_onnx(
-            model_or_path, Path(exported.name) / "model", task=task, processor=processor, length_config=length_config
+            model_or_path,
+            Path(exported.name) / "model",
+            task=task,
+            processor=processor,
+            length_config=length_config,
+            atol=atol,
         )
         quantizer = cls(files[0], files=files)
         # Removed with the quantizer.
@@ -299,6 +308,7 @@ class FlexORTQuantizer(ORTQuantizer):
         logger.info("%s: %s", file.name, counts)
         return model, FileReport(
             **counts,
+            left=products_left(model.graph),
             fused=fused,
             attentions=len(fusion.attentions),
             attentions_left=fusion.left,

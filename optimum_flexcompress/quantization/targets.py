@@ -48,6 +48,10 @@ TARGETS = {
     )
 }
 AUTO = "auto"
+SLOW = (
+    "This target has neither VNNI nor AMX: weights are 7-bit, against overflow, and int8 takes a quarter of the memory "
+    "but hardly less time than single precision."
+)
 
 
 def find_target(name: str, mode: str) -> Target:

@@ -11,6 +11,8 @@ from optimum.commands.flexcompress.quantize import QuantizeCommand
 from optimum.onnxruntime import ORTModelForSequenceClassification
 
 from optimum_flexcompress import OVQuantizedModelForSequenceClassification
+from optimum_flexcompress.export import onnx
+from optimum_flexcompress.quantization.saved import write_saved
 from tests.tasks.toys import word_tokenizer
 from tests.tiny import build, inputs_for
 
@@ -81,6 +83,7 @@ def test_lengths(folder, tmp_path):
         (["--length-config", "7,4"], "The lengths are for 2 layers"),
         (["--length-config", "7;4;2"], "is no length configuration"),
         (["--backend", "ortt"], "'ortt' is no quantization backend. Did you mean \"ort\"?"),
+        (["--backend", "tensorrt"], "choose --backend ort --target tensorrt."),
         (["--backend", "openvino"], "choose --mode static, and give --dataset, or --backend ort"),
         (["--mode", "static"], "--mode static needs calibration examples: give --dataset, or choose dynamic."),
         (["--mode", "statik"], 'Did you mean "static"?'),
@@ -98,3 +101,21 @@ def test_one_sentence_for_what_is_wrong(folder, tmp_path, capsys, monkeypatch, a
     error = capsys.readouterr().err.strip()
     assert code == 1 and message in error and error.startswith("error: ") and "\n" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_how_near_the_export_has_to_be(folder, tmp_path, capsys, monkeypatch):
+    def differ(*args, **kwargs):
+        raise ValueError("max diff = 1")
+
+    monkeypatch.setattr(onnx, "validate_models_outputs", differ)
+    assert run("-m", folder / "model", "-o", tmp_path / "int8", "--atol", "0.5") == 1
+    assert "(max diff = 1): report this" in (error := capsys.readouterr().err)
+    assert "accept more than atol=0.5 (--atol of `quantize`)" in error
+
+
+def test_a_model_that_is_int8_already(folder, tmp_path, capsys):
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8" / "model.pt").write_bytes(b"x")
+    write_saved(tmp_path / "int8", "ipex", "ipex", {}, ["model.pt"])
+    assert run("-m", tmp_path / "int8", "-o", tmp_path / "again") == 1
+    assert "is int8 already, for the backend ipex: give the model that it was made from" in capsys.readouterr().err

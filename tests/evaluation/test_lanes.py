@@ -128,7 +128,8 @@ def test_a_lane_without_an_interpreter(classifiers, marked, rows):
     ("make", "message"),
     [
         (lambda folder: folder / "nowhere", "does not exist; give the interpreter"),
-        (lambda folder: folder, r"is a folder; give .*bin/python"),
+        (lambda folder: folder, r"is a folder; give .*[^n]/bin/python"),
+        (lambda folder: (folder / "bin").mkdir() or folder / "bin", r"is a folder; give .*[^n]/bin/python"),
         (lambda folder: program(folder / "ends", "echo oh no >&2; exit 3"), "is no Python interpreter .*: oh no"),
         (lambda folder: program(folder / "silent", "exit 3"), "exit code 3"),
         (lambda folder: program(folder / "bare", f'exec {sys.executable} -I -S "$@"'), "has no optimum-flexcompress"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+
 import numpy as np
 import optimum.onnxruntime
 import pytest
@@ -18,6 +21,7 @@ from optimum_flexcompress import (
 )
 from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.export import export_onnx
+from optimum_flexcompress.export import onnx as onnx_export
 from tests.export.exported import KINDS, generate, make, run
 from tests.tasks.toys import word_tokenizer
 from tests.tiny import ALL, GENERATIVE, build, inputs_for, outputs_of
@@ -72,6 +76,16 @@ def test_encoder_decoders_generate_what_pytorch_generates(exported, family, name
     for merged in (True, False):
         onnx_model = FlexORTModelForSeq2SeqLM.from_pretrained(folder, use_merged=merged)
         torch.testing.assert_close(generate(onnx_model, beams=beams), expected)
+
+
+def test_a_folder_without_a_merged_decoder_loads_without_a_warning(exported, tmp_path, caplog):
+    _, folder = exported("bart", "BartForConditionalGeneration", KINDS[0])
+    shutil.copytree(folder, tmp_path / "pair")
+    (tmp_path / "pair" / "decoder_model_merged.onnx").unlink()
+    logging.getLogger("optimum").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert not FlexORTModelForSeq2SeqLM.from_pretrained(tmp_path / "pair").decoder.is_merged
+    assert "merged" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -158,6 +172,31 @@ def test_a_wrong_graph_is_not_written(tmp_path):
     with pytest.raises(FlexCompressError, match="does not compute what the PyTorch model computes"):
         export_onnx(build("bert", "BertModel"), tmp_path / "out", atol=1e-30)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bound_follows_the_outputs_and_the_inputs_the_seed(tmp_path, monkeypatch):
+    seen = []
+
+    def validate(*args, atol, **kwargs):
+        seen.append((atol, torch.rand(3).tolist()))
+
+    monkeypatch.setattr(onnx_export, "validate_models_outputs", validate)
+    model = build("bert", "BertModel")
+    for factor in (1, 1000):
+        with torch.no_grad():
+            model.encoder.layer[-1].output.LayerNorm.weight.mul_(factor)
+        torch.manual_seed(factor)
+        export_onnx(model, tmp_path / str(factor))
+    (small, first), (large, second) = seen
+    assert 1e-4 <= small < 1e-2 < large and first == second
+
+
+def test_bart_without_an_end_token(tmp_path):
+    model = build("bart", "BartForConditionalGeneration", eos_token_id=None, forced_eos_token_id=None)
+    with pytest.raises(
+        FlexCompressError, match="no eos_token_id, .* a bart model needs: set model.config.eos_token_id"
+    ):
+        export_onnx(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

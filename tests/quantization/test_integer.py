@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from optimum_flexcompress.export.probe import open_session
-from optimum_flexcompress.quantization.integer import IntegerOptions, products_of, quantize_integer
+from optimum_flexcompress.quantization.integer import IntegerOptions, products_left, products_of, quantize_integer
 from tests.export.exported import relative_error
 
 
@@ -248,3 +248,21 @@ def test_sums_that_need_the_sign_stay():
 def test_excluded_nodes_stay():
     model = model_of(linear(), {"l.w": random(64, 48), "l.b": random(48)}, ["y"])
     assert quantize_integer(model, IntegerOptions(exclude=frozenset({"l/MatMul"})))["dynamic"] == 0
+
+
+def test_constants_are_seen_through_identities():
+    """Exporters store equal weights and biases (zeros, in GPT-2) once, and pass them on."""
+    nodes = [
+        helper.make_node("Identity", ["b"], ["b.1"], name="i0"),
+        helper.make_node("Identity", ["b.1"], ["b.2"], name="i1"),
+        helper.make_node("Identity", ["w"], ["w.1"], name="i2"),
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"], name="first"),
+        helper.make_node("Gemm", ["h", "w.1", "b.1"], ["g"], name="second"),
+        helper.make_node("Gemm", ["g", "w.1", "b.2"], ["y"], name="third"),
+    ]
+    model = model_of(nodes, {"w": random(64, 64) / 8, "b": random(64)}, ["y"])
+    assert products_left(model.graph) == 3
+    assert list(products_of(model)) == ["first", "second", "third"]
+    counts = check(model, {"x": random(5, 64)}, bound=0.05)
+    assert counts["dynamic"] == 3 and products_left(model.graph) == 0
+    assert "Identity" not in types(model) and not float_weights(model)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import pytest
 from optimum.onnxruntime import AutoQuantizationConfig
 from optimum.onnxruntime.configuration import ORTConfig
 
 from optimum_flexcompress import FlexCompressError, FlexORTQuantizer
-from optimum_flexcompress.quantization import FlexORTQuantizationConfig, quantize_folder, targets
+from optimum_flexcompress.quantization import (
+    FlexORTQuantizationConfig,
+    QuantizedFolder,
+    quantize_folder,
+    targets,
+)
 from optimum_flexcompress.quantization.backends import find_backend
+from optimum_flexcompress.quantization.ort import FileReport
 from tests.quantization.test_families import examples
 
 
@@ -111,3 +118,13 @@ def test_backends():
         FlexCompressError, match="\"onnx\" is no quantization backend|'onnx' is no quantization backend"
     ):
         find_backend("onnx")
+
+
+def test_the_summary_says_what_to_expect():
+    files = {"model.onnx": FileReport(dynamic=3, left=2)}
+    without, with_vnni = (
+        QuantizedFolder(Path("int8"), FlexORTQuantizationConfig(target=target), files).summary()
+        for target in ("avx2", "avx512_vnni")
+    )
+    assert "3 int8 products (dynamic), 2 products of weights left in single precision" in with_vnni
+    assert "neither VNNI nor AMX: weights are 7-bit" in without and "VNNI" not in with_vnni
