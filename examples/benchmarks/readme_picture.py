@@ -60,7 +60,8 @@ def draw(lines: dict[str, Line], file: Path) -> None:
         color = ("#0072b2", "#d55e00", "#009e73")[index % 3]
         axes.plot([x for _, x, _ in line], [100 * y for *_, y in line], "o-", color=color, label=title, markersize=7)
         for text, x, y in line:
-            below = index % 2
+            # The uppermost line has room above it, the others below.
+            below = index > 0
             axes.annotate(
                 f"{text}\n{x:.1f}x" if text else "",
                 (x, 100 * y),
