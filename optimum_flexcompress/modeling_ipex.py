@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig
 
+from .architectures import position_limit
 from .errors import FlexCompressError
 from .quantization.ipex_lane import PACKAGE, load_ipex
 from .quantization.runtime_model import (
@@ -19,7 +20,6 @@ from .quantization.runtime_model import (
     ForSequenceClassification,
     ForTokenClassification,
     RuntimeModel,
-    longest_input,
     only_file,
 )
 from .quantization.saved import Saved
@@ -88,7 +88,7 @@ class IPEXQuantizedModel(RuntimeModel):
         rows, length = next(iter(inputs.values())).shape[:2]
         padding = 0
         if "input_ids" in inputs:
-            limit = longest_input(self.config) or length + self.length_bucket
+            limit = position_limit(self.config) or length + self.length_bucket
             padding = min(-length % self.length_bucket, max(limit - length, 0))
         if padding:
             inputs = {name: F.pad(tensor, (0, padding), value=self._pad(name)) for name, tensor in inputs.items()}

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+from ..architectures import position_limit
 from ..errors import FlexCompressError, nearest
 from ..hub import fetch_model, is_hub_id
 from .saved import RECORD_NAME, Saved, read_saved
@@ -276,7 +277,7 @@ class RuntimeModel(OptimizedModel):
 
     def _check_ids(self, ids: torch.Tensor) -> None:
         """Runtimes look up what their tables do not hold without a word, or answer with nothing."""
-        limit, size = longest_input(self.config), getattr(self.config, "vocab_size", None)
+        limit, size = position_limit(self.config), getattr(self.config, "vocab_size", None)
         if limit is not None and ids.shape[-1] > limit:
             raise FlexCompressError(
                 f"The model takes at most {limit} tokens, not {ids.shape[-1]}: truncate the input (truncation=True, "
@@ -289,15 +290,6 @@ class RuntimeModel(OptimizedModel):
                     f"The input has the token id {highest if highest >= size else lowest}, and the vocabulary of the "
                     f"model goes from 0 to {size - 1}: use the tokenizer that was saved with the model."
                 )
-
-
-def longest_input(config: PretrainedConfig) -> int | None:
-    """How many tokens a model takes; `None` where nothing sets an end."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and "roberta" in config.model_type:
-        # Its positions count from behind the one that stands for padding.
-        limit -= config.pad_token_id + 1
-    return limit
 
 
 def only_file(saved: Saved, ending: str) -> Path:
