@@ -113,7 +113,7 @@ RULES = (
 )
 
 
-NOT_RUN = ("modular_multi30k.json", "vib_lm.json", "full_stack.json")
+NOT_RUN = ("modular_multi30k.json", "full_stack.json")
 """Results that rules name and that their benchmarks have still to write."""
 
 
