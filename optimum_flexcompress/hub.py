@@ -83,7 +83,10 @@ def fetch_model(model: str | os.PathLike, revision: str | None = None, token: st
 
 def _why_not_fetched(model: str, revision: str | None, error: Exception) -> str:
     if constants.HF_HUB_OFFLINE:
-        return f"HF_HUB_OFFLINE is set, and {model} is not in the cache: unset it, or give a folder."
+        return (
+            f"There is no folder {model} here, and HF_HUB_OFFLINE is set while no model of that name is in the cache: check "
+            "the path, or unset HF_HUB_OFFLINE."
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"The model {model} on the Hub has no revision {revision}: check the branch, tag or commit."
     if isinstance(error, RepositoryNotFoundError | HFValidationError):

@@ -220,5 +220,6 @@ def test_a_model_that_is_not_in_the_cache_without_the_hub(monkeypatch):
     with pytest.raises(FlexCompressError) as caught:
         fetch_model("ada/model")
     assert str(caught.value) == (
-        "HF_HUB_OFFLINE is set, and ada/model is not in the cache: unset it, or give a folder."
+        "There is no folder ada/model here, and HF_HUB_OFFLINE is set while no model of that name is in the cache: check "
+        "the path, or unset HF_HUB_OFFLINE."
     )

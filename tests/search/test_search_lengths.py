@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+import optimum_flexcompress
 from optimum_flexcompress import (
     FlexCompressConfig,
     FlexCompressError,
@@ -416,6 +417,8 @@ def test_a_missing_extra_says_how_to_get_it(monkeypatch):
     import importlib
     import sys
 
+    # Importing it anew puts another module into the package, which must not outlive this test.
+    monkeypatch.setattr(optimum_flexcompress, "search", optimum_flexcompress.search)
     for name in [name for name in sys.modules if name.startswith("optimum_flexcompress.search")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "optuna", None)
