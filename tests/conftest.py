@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers.utils import logging
 
+from optimum_flexcompress.architectures import ARCHITECTURES
+
 
 @pytest.fixture(autouse=True)
 def own_mixed_precision(monkeypatch):
@@ -16,3 +18,12 @@ def own_mixed_precision(monkeypatch):
 def own_verbosity():
     """`compress` makes Transformers quiet, and with it what this package logs."""
     logging.set_verbosity_warning()
+
+
+@pytest.fixture(autouse=True)
+def own_architectures():
+    """A page of the documentation registers a family, which no other test is to find."""
+    before = dict(ARCHITECTURES)
+    yield
+    ARCHITECTURES.clear()
+    ARCHITECTURES.update(before)
