@@ -117,15 +117,21 @@ def _config_with_layers(
     return config
 
 
+def without_loader_entry(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy that does not say what is to be done to a model before its weights are loaded."""
+    copied = copy.deepcopy(config)
+    if hasattr(copied, "quantization_config"):
+        del copied.quantization_config
+    return copied
+
+
 def _stock_config(
     architecture: Architecture, model: PreTrainedModel, config: PretrainedConfig, structure: ModelStructure
 ) -> PretrainedConfig | None:
     """The stock configuration that gives `structure`, or `None` if there is none."""
     if not structure.is_uniform:
         return None
-    stock = copy.deepcopy(config)
-    if hasattr(stock, "quantization_config"):
-        del stock.quantization_config
+    stock = without_loader_entry(config)
     for key in architecture.hidden_size:
         setattr(stock, key, structure.hidden_size)
     for name, stack in structure.stacks.items():

@@ -45,6 +45,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"{hint} Known: {', '.join(known)}."
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, for a sentence: its first line, or else its class."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 @contextlib.contextmanager
 def damage_explained(graph: str | os.PathLike) -> Iterator[None]:
     """Says in one sentence that ONNX Runtime, whose errors have no class in common, cannot open a file.
@@ -60,7 +66,6 @@ def damage_explained(graph: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FlexCompressError(
-            f"{graph} cannot be opened ({reason}): it is damaged; copy the folder again, or quantize the original again."
+            f"{graph} cannot be opened ({first_line(error)}): it is damaged; copy the folder again, or quantize the original again."
         ) from error

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import PretrainedConfig
 
 from .architectures import position_limit
-from .errors import FlexCompressError
+from .errors import FlexCompressError, first_line
 from .quantization.ipex_lane import PACKAGE, load_ipex
 from .quantization.runtime_model import (
     ForFeatureExtraction,
@@ -81,7 +81,7 @@ class IPEXQuantizedModel(RuntimeModel):
             return torch.jit.load(str(path)).eval()
         except RuntimeError as error:
             raise FlexCompressError(
-                f"{path} cannot be opened ({str(error).strip().splitlines()[0]}): quantize the original model again."
+                f"{path} cannot be opened ({first_line(error)}): quantize the original model again."
             ) from error
 
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:

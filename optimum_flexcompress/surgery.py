@@ -7,7 +7,6 @@ Both run the same code, so that what can be made can also be loaded.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import AttentionTable, AttentionView, FeedForwardView, LayerView, ModelView, StackView, describe
 from .architectures.removed import RemovedAttention, RemovedNorm, RemovedProjection
-from .config_sizes import write_sizes
+from .config_sizes import without_loader_entry, write_sizes
 from .errors import FlexCompressError, UnsupportedArchitectureError
 from .kept import Kept, KeptLayer, check_kept
 from .origin import ORIGIN_KEY, Origin, note_origin, write_origin
@@ -89,11 +88,7 @@ def with_weights(model: PreTrainedModel) -> PreTrainedModel:
     """
     if model.device.type != "meta":
         return model
-    config = copy.deepcopy(model.config)
-    # Says what is to be done to the weights on loading them.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    structure, made = ModelStructure.of(model), type(model)(config).eval()
+    structure, made = ModelStructure.of(model), type(model)(without_loader_entry(model.config)).eval()
     return made if ModelStructure.of(made) == structure else resize(made, structure)
 
 

@@ -170,10 +170,12 @@ class VIBPruningConfig(MethodConfig):
         for name in ("latency_device", "latency_table"):
             if getattr(self, name) is not None and self.target_latency is None:
                 raise FlexCompressError(f"vib_pruning.{name} goes with target_latency: leave it out.")
-        for name, kind in (("latency_device", str), ("latency_table", (str, os.PathLike))):
+        for name, kind, what in (
+            ("latency_device", str, "the name of a device, such as cpu"),
+            ("latency_table", (str, os.PathLike), "the path of a file"),
+        ):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
-                what = "the name of a device, such as cpu" if name == "latency_device" else "the path of a file"
                 raise FlexCompressError(f"vib_pruning.{name} is {value!r}: give {what}, or leave it out.")
         levels = self.save_at_sparsities
         if isinstance(levels, str) or not isinstance(levels, Sequence):

@@ -38,6 +38,14 @@ ENCODER = StackTable(
     layer_drop="layerdrop",
 )
 
+
+def _export_objection(config: PretrainedConfig) -> str | None:
+    # Optimum puts the end token into its dummy inputs.
+    if config.eos_token_id is not None:
+        return None
+    return "config.json has no eos_token_id, which the export of a bart model needs: set model.config.eos_token_id."
+
+
 BART = Architecture(
     family="bart",
     model_types=("bart",),
@@ -61,4 +69,5 @@ BART = Architecture(
     writes=("*coder.layernorm_embedding",),
     both=("classification_head.dense",),
     width_constants=_width_constants,
+    export_objection=_export_objection,
 )

@@ -151,6 +151,8 @@ class Architecture:
         first_token: Endings of the class names whose head (or pooler) reads the first token, and whether it reads
             that one alone.
         dropping_objection: Says for a configuration why its layers cannot drop tokens, or returns `None`.
+        export_objection: Says for a configuration why Optimum's exporter cannot take it, and what to do, or returns
+            `None`.
         unused_positions: How many of the positions in `config.json` no token ever has.
     """
 
@@ -169,4 +171,5 @@ class Architecture:
     objection: Callable[[PretrainedConfig], str | None] = lambda config: None
     first_token: Mapping[str, bool] = field(default_factory=dict)
     dropping_objection: Callable[[PretrainedConfig], str | None] = lambda config: None
+    export_objection: Callable[[PretrainedConfig], str | None] = lambda config: None
     unused_positions: Callable[[PretrainedConfig], int] = lambda config: 0

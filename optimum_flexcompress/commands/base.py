@@ -77,6 +77,11 @@ class FlexCompressCommand(BaseOptimumCLICommand):
         """
         raise NotImplementedError(f"{type(self).__name__} has no `execute`.")
 
+    @property
+    def _as_json(self) -> bool:
+        # Not every command has a result to print.
+        return getattr(self.args, "json", False)
+
     def show(self, result: Any, as_json: str | dict[str, Any]) -> None:
         """Prints the result of the command.
 
@@ -84,7 +89,7 @@ class FlexCompressCommand(BaseOptimumCLICommand):
             result: For people to read; `None` where there is nothing to add.
             as_json: The same for programs, which `--json` prints instead: nothing else is on stdout then.
         """
-        if not getattr(self.args, "json", False):
+        if not self._as_json:
             if result is not None:
                 print(result, flush=True)
             return
@@ -100,7 +105,7 @@ class FlexCompressCommand(BaseOptimumCLICommand):
             try:
                 self._stdout = sys.stdout
                 # What is said on the way, by the Trainer, too, must not end up in the JSON.
-                with redirect_stdout(sys.stderr) if getattr(self.args, "json", False) else nullcontext():
+                with redirect_stdout(sys.stderr) if self._as_json else nullcontext():
                     self.execute()
                 # A full disk or a closed pipe must not turn into a silent success at interpreter exit.
                 sys.stdout.flush()

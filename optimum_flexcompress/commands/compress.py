@@ -272,14 +272,14 @@ that comes nearest, and the exit code is not 0.
 
     def _by_hand(self, recipe: Recipe, overrides: list[str]) -> str:
         """The command that runs a plan as the recipe that it is made of."""
-        from optimum_flexcompress.recipes.planner import RECIPE
+        from optimum_flexcompress.recipes.planner import RECIPE, Plan
 
         args = self.args
         # A folder that is there may hold the run of a plan, which another recipe does not go on with.
         output = "OUT" if args.output is None or os.path.exists(args.output) else args.output
         words = ["optimum-cli", "flexcompress", "compress", "-m", args.model, "--dataset", args.dataset]
         words += ["--task", args.task, "--recipe", RECIPE, "-o", output]
-        for override in [*(word for part in recipe.plan["decisions"] for word in part["overrides"]), *overrides]:
+        for override in [*Plan.from_dict(recipe.plan).overrides, *overrides]:
             words += ["--set", override]
         return shlex.join(words)
 

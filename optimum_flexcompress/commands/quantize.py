@@ -145,7 +145,8 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         from optimum_flexcompress.evaluation.environment import describe_environment
 
         print(f"Making {args.model} int8 for {backend.description}: {args.mode}, {target}")
-        print(describe_environment(environment_info()))
+        environment = environment_info()
+        print(describe_environment(environment))
         result = backend.quantize(
             model,
             args.output,
@@ -162,8 +163,9 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         from optimum_flexcompress.model_card import write_model_card
 
         write_model_card(result.path, base_model=args.model, task=args.task)
+        summary = result.summary()
         self.show(
-            result.summary(),
+            summary,
             {
                 "output": args.output,
                 "model": args.model,
@@ -171,8 +173,8 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
                 "mode": args.mode,
                 "target": target,
                 "bytes": file_size(args.output),
-                "summary": result.summary().splitlines(),
-                "environment": environment_info(),
+                "summary": summary.splitlines(),
+                "environment": environment,
             },
         )
         print(f"Wrote {args.output}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
@@ -97,6 +97,18 @@ def metric_against_latency(report: Report, shape: str) -> str | None:
         return svg(figure)
 
 
+def _shifts(width: float, scale: float) -> Iterator[tuple[int, int, tuple[float, float]]]:
+    """Side, step and shift of the places for a name: right and left of its point, then further up and down."""
+    for step, side in itertools.product(range(16), (1, -1)):
+        for turn in (1, -1) if step else (1,):
+            yield side, step, (0 if side > 0 else -width - 16 * scale, 7 * step * turn * scale)
+
+
+def _is_free(box: Bbox, frame: Bbox, others: Sequence[Bbox]) -> bool:
+    inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+    return inside and not any(box.overlaps(other) for other in others)
+
+
 def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], **style: Any) -> list[Annotation]:
     """Names beside points, moved apart where points lie close together: none covers a point or another name.
 
@@ -123,21 +135,10 @@ def label_points(axes: Axes, points: Sequence[tuple[str, float, float]], **style
         )
         others = taken[:index] + taken[index + 1 :]
         box = label.get_window_extent()
-        for step, side in itertools.product(range(16), (1, -1)):
-            for turn in (1, -1) if step else (1,):
-                shift = (0 if side > 0 else -box.width - 16 * scale, 7 * step * turn * scale)
-                moved = box.translated(*shift)
-                inside = (
-                    frame.x0 <= moved.x0 and moved.x1 <= frame.x1 and frame.y0 <= moved.y0 and moved.y1 <= frame.y1
-                )
-                if inside and not any(moved.overlaps(other) for other in others):
-                    break
-            else:
-                continue
-            break
-        else:
-            moved, shift, step, side = box, (0, 0), 0, 1
-        label.xyann = (8 * side, shift[1] / scale)
+        places = ((side, step, box.translated(*shift)) for side, step, shift in _shifts(box.width, scale))
+        # Where all is taken, names overlap.
+        side, step, moved = next((place for place in places if _is_free(place[-1], frame, others)), (1, 0, box))
+        label.xyann = (8 * side, (moved.y0 - box.y0) / scale)
         label.set_horizontalalignment("left" if side > 0 else "right")
         if step > 1:
             # So far away that it needs saying which point is meant.

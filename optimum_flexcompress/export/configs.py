@@ -16,6 +16,7 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import DummyInputGenerator, NormalizedTextConfig
 from transformers import PreTrainedModel
 
+from ..architectures import find_architecture
 from ..errors import FlexCompressError
 from ..structure import AttentionSize, ModelStructure
 
@@ -161,14 +162,12 @@ def export_configs(
         One configuration for each file, by the name of the file; empty where Optimum's own are right as they are.
 
     Raises:
-        FlexCompressError: An encoder-decoder with a decoder layer that lacks self- or cross-attention, or a BART model
-            without an end token.
+        FlexCompressError: An encoder-decoder with a decoder layer that lacks self- or cross-attention, or a
+            configuration that the exporter cannot take.
     """
-    if model.config.model_type == "bart" and model.config.eos_token_id is None:
-        # Optimum puts one into its dummy inputs.
-        raise FlexCompressError(
-            "config.json has no eos_token_id, which the export of a bart model needs: set model.config.eos_token_id."
-        )
+    objection = find_architecture(model.config.model_type).export_objection(model.config)
+    if objection is not None:
+        raise FlexCompressError(objection)
     constructor = TasksManager.get_exporter_config_constructor(
         model=model, exporter="onnx", task=task, library_name="transformers"
     )

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import (
 )
 
 from ..architectures import position_limit
-from ..errors import FlexCompressError, nearest
+from ..errors import FlexCompressError, first_line, nearest
 from ..hub import fetch_model, is_hub_id
 from .saved import RECORD_NAME, Saved, read_saved
 
@@ -316,9 +316,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
     except FileNotFoundError:
         raise FlexCompressError(f"{folder} has no config.json: copy the whole folder again.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FlexCompressError(
-            f"{path} cannot be read ({reason.rstrip('.')}): copy the whole folder again, or quantize the original again."
+            f"{path} cannot be read ({first_line(error).rstrip('.')}): copy the whole folder again, or quantize the original again."
         ) from error
 
 

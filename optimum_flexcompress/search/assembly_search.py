@@ -21,7 +21,7 @@ from ..methods.modular import Assembly, ModularModel
 from ..tasks import get_task, infer_task
 from ..tasks.base import Task, effective_length
 from .assembly_space import AssemblySpace
-from .evolution import Candidate, check_count
+from .evolution import Candidate, check_counts
 from .front import Front
 from .held_out import HeldOut, open_held_out
 from .length_scoring import OBJECTIVES, Timed, check_choice
@@ -188,9 +188,7 @@ def search_assemblies(
         MissingExtraError: Optuna, or matplotlib for the picture, is missing.
     """
     check_choice("objective", objective, OBJECTIVES)
-    counts = {"batch_size": batch_size, "latency_batch_size": latency_batch_size, "new_tokens": new_tokens}
-    for name, value in {**counts, "trials": trials}.items():
-        check_count(name, value)
+    check_counts(batch_size=batch_size, latency_batch_size=latency_batch_size, new_tokens=new_tokens, trials=trials)
     run = SearchRun(
         output,
         storage,

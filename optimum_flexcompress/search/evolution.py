@@ -67,11 +67,12 @@ class Space(Protocol):
         """Any candidate."""
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises [`FlexCompressError`] unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        option = name.replace("_", "-")
-        raise FlexCompressError(f"{name} (--{option}) is {value!r}: give a whole number of at least {least}.")
+def check_counts(least: int = 1, **values: Any) -> None:
+    """Raises [`FlexCompressError`] unless all values are whole numbers of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            option = name.replace("_", "-")
+            raise FlexCompressError(f"{name} (--{option}) is {value!r}: give a whole number of at least {least}.")
 
 
 class Evolution:
@@ -107,8 +108,9 @@ class Evolution:
         focus: float = 0.05,
         seed: int = 42,
     ):
-        for name, value, least in (("population", population, 2), ("trials", trials, 1), ("patience", patience, 0)):
-            check_count(name, value, least)
+        check_counts(2, population=population)
+        check_counts(trials=trials)
+        check_counts(0, patience=patience)
         self.space, self.population, self.patience, self.focus, self.seed = space, population, patience, focus, seed
         self.trials = min(trials, space.size)
         self._sign = 1 if greater_is_better else -1

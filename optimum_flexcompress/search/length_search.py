@@ -15,7 +15,7 @@ from ..errors import FlexCompressError
 from ..evaluation.benchmark import using_threads
 from ..length_config import LENGTH_UNITS
 from ..tasks.base import Task
-from .evolution import check_count
+from .evolution import check_counts
 from .front import Front
 from .held_out import open_held_out
 from .length_model import open_model
@@ -114,9 +114,7 @@ def search_lengths(
         check_choice("unit", unit, LENGTH_UNITS)
     if metric == "loss" and runtime != "pytorch":
         raise FlexCompressError("The loss is computed in PyTorch only: choose another metric, or --runtime pytorch.")
-    counts = {"batch_size": batch_size, "latency_batch_size": latency_batch_size, "new_tokens": new_tokens}
-    for name, value in {**counts, "trials": trials}.items():
-        check_count(name, value)
+    check_counts(batch_size=batch_size, latency_batch_size=latency_batch_size, new_tokens=new_tokens, trials=trials)
     run = SearchRun(
         output,
         storage,

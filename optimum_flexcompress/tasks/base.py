@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from safetensors import SafetensorError
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel
 
-from ..errors import FlexCompressError
+from ..errors import FlexCompressError, first_line
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def load_pretrained(cls: Any, path: str | os.PathLike, **kwargs: Any) -> Any:
             "labels), pass ignore_mismatched_sizes=True to start with a new head."
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if not folder.is_dir() and isinstance(error, OSError):
             raise FlexCompressError(
                 f"There is no folder {path} here, and no model of that name could be fetched from the Hub: check the "
