@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from staged import train
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -23,7 +23,10 @@ from optimum_flexcompress.evaluation.inputs import example_batch
 from optimum_flexcompress.output import atomic_folder
 from optimum_flexcompress.quantization.backends import BACKENDS
 from optimum_flexcompress.quantization.calibration_data import calibration_examples
+from optimum_flexcompress.search import search_lengths
+from optimum_flexcompress.search.front import Point
 from optimum_flexcompress.tasks import get_task
+from optimum_flexcompress.token_dropping import lengths_of
 
 
 TASK = get_task("text-classification")
@@ -31,8 +34,12 @@ TASK = get_task("text-classification")
 MAX_LENGTH, SEED = 128, 42
 # As QuaLA-MiniLM keeps 315, 251, 242, 159, 142 and 33 of 384 tokens.
 LENGTHS = (0.82, 0.65, 0.63, 0.41, 0.37, 0.09)
-VARIANTS = ("dense", "pruned", "length-adaptive")
+# One model, at the lengths above and at those that a search picks for it.
+ADAPTIVE = ("length-adaptive", "searched lengths")
+VARIANTS = ("dense", "pruned", *ADAPTIVE)
 SPARSITY, MASK_STEPS = 0.5, 150
+# Of the search: sentences, and what of their accuracy may go.
+HELD_OUT, TRIALS, MAX_DROP = 1000, 60, 0.005
 FP32, STOCK = "PyTorch fp32", "OpenVINO int8 of the stock export"
 BASE = "BERT-base, PyTorch fp32, SDPA, random weights"
 
@@ -109,6 +116,11 @@ class Maker:
         rows = splits["train"].shuffle(seed=SEED)
         return DatasetDict(train=rows.select(range(min(self.rows, len(rows)))), validation=splits["validation"])
 
+    def held_out(self, splits: DatasetDict) -> Dataset:
+        """Rows that no training sees."""
+        rows = splits["train"].shuffle(seed=SEED)
+        return rows.select(range(self.rows, min(self.rows + HELD_OUT, len(rows))))
+
     # -- Models ---------------------------------------------------------------------------------------------------
 
     def make_model(self, variant: str, splits: DatasetDict) -> dict[str, Any]:
@@ -130,23 +142,43 @@ class Maker:
                 data_fraction=0.1 if self.steps is None else 1.0,
             )
             self._train("pruned", self.folder("dense"), data, config, max_steps=steps, learning_rate=1e-4)
-        elif variant == "length-adaptive":
+        elif variant in ADAPTIVE:
             # Fractions of each sentence: counts that suit 384 tokens would drop nothing of sentences this short.
-            config = LengthAdaptiveConfig(unit="fractions")
-            self._train(variant, self.folder("dense"), data, config, num_train_epochs=1, learning_rate=3e-5)
-            model = set_lengths(TASK.load_model(self.folder(variant)), list(LENGTHS))
-            processor = TASK.load_processor(self.folder(variant))
+            config = LengthAdaptiveConfig(unit="fractions", length_drop=0.3)
+            self._train("adapted", self.folder("dense"), data, config, num_train_epochs=1, learning_rate=3e-5)
+            lengths = list(LENGTHS) if variant == "length-adaptive" else self._search(splits).lengths
+            adapted = self.folder("adapted")
+            model = set_lengths(TASK.load_model(adapted), lengths)
             with atomic_folder(self.folder(variant), overwrite=True) as folder:
                 model.save_pretrained(folder)
-                processor.save_pretrained(folder)
+                TASK.load_processor(adapted).save_pretrained(folder)
         model = TASK.load_model(self.folder(variant))
         macs = {str(length): count_macs(model, example_batch(model.config, TASK, 1, length)) for length in (128, 384)}
+        lengths = lengths_of(model)
         return {
             "seconds": time.perf_counter() - started,
+            "lengths": None if lengths is None else list(lengths.values),
             "parameters": count_parameters(model),
             "bytes": file_size(self.folder(variant)),
             "macs": macs,
         }
+
+    def _search(self, splits: DatasetDict) -> Point:
+        """The cheapest lengths that keep the accuracy on rows that no training saw."""
+        few = {} if self.steps is None else {"trials": 8, "population": 4}
+        front = search_lengths(
+            self.folder("adapted"),
+            DatasetDict(validation=self.held_out(splits)),
+            TASK,
+            self.work / "search",
+            max_drop=MAX_DROP,
+            samples=None,
+            max_length=MAX_LENGTH,
+            seed=SEED,
+            say=print,
+            **{"trials": TRIALS, "population": 12, **few},
+        )
+        return front.picked
 
     def _train(self, name: str, start: str | Path, data: DatasetDict, config: Any = None, **arguments: Any) -> None:
         if self.steps is not None:

@@ -46,6 +46,9 @@ class LengthExperiment:
             Length-adaptive training goes on training, so that the model with all its tokens can be the better one.
         shapes: Batch sizes and lengths to time.
         prune: How to prune before that, with the fine-tuned model as teacher; `None` leaves it out.
+        distil: What length-adaptive training learns from the fine-tuned model; `None`: nothing.
+        metric: What configurations are searched by; the main metric of the task when `None`. `"loss"` tells more from
+            few examples, and does not go with `within`.
         reference: Makes a further model to time.
         reference_name: Its name.
         facts: What the report says about the experiment.
@@ -58,6 +61,8 @@ class LengthExperiment:
     picks: dict[str, dict[str, Any]]
     shapes: list[tuple[int, int]]
     prune: VIBPruningConfig | None = None
+    distil: DistillationConfig | None = None
+    metric: str | None = None
     reference: Callable[[], torch.nn.Module] | None = None
     reference_name: str = ""
     seed: int = 42
@@ -111,8 +116,11 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
         epochs = options.prune_epochs
         train(pruned, finetuned, task, unseen, config=config, teacher=finetuned, num_train_epochs=epochs, **training)
     if "adapt" in options.stages:
-        config = FlexCompressConfig(methods=[experiment.adapt])
-        train(adapted, pruned, task, unseen, config=config, num_train_epochs=options.adapt_epochs, **training)
+        distil = experiment.distil
+        config = FlexCompressConfig(methods=[experiment.adapt, *([distil] if distil else [])])
+        teacher = finetuned if distil else None
+        epochs = options.adapt_epochs
+        train(adapted, pruned, task, unseen, config=config, teacher=teacher, num_train_epochs=epochs, **training)
     if "search" in options.stages:
         # Both sides of what is picked by are scored alike: in bfloat16 where training was, which takes half the time.
         with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
@@ -123,6 +131,7 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
                 searched,
                 samples=None,
                 max_length=experiment.max_length,
+                metric=experiment.metric,
                 population=12,
                 trials=options.trials,
                 patience=0,
@@ -187,9 +196,9 @@ def picked(work: Path, experiment: LengthExperiment) -> list[Entry]:
     if not held_out_record(work).is_file():
         return []
     front, entries = Front.load(work / "search"), []
-    dense = read_json(held_out_record(work))["metrics"][front.metric]
     for name, limits in experiment.picks.items():
         if "within" in limits:
+            dense = read_json(held_out_record(work))["metrics"][front.metric]
             limits = {"max_drop": 1 - (1 - limits["within"]) * dense / front.full.metric}
         try:
             entries.append(Entry(name, work / "adapt", front.pick(**limits).lengths))

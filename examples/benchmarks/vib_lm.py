@@ -2,9 +2,9 @@
 
 Two models: a GPT-2 of six layers that is trained here on WikiText-2, and stories260K, a pretrained LLaMA with grouped
 queries. The text for the latter is made up by the model itself, and so is the text that it is measured on, which is
-another sample. One run of masks serves both sizes; magnitude pruning removes at once what has the smallest weights.
-Both have the same teacher, distillation losses, optimizer, learning rate and number of steps, those with masks
-included, and leave the same number of parameters in the layers, within 1 %.
+another sample. One run of masks serves both sizes; magnitude pruning removes at once the heads and FFN dims with the
+smallest weights. Both have the same teacher, distillation losses, optimizer, learning rate and number of steps, those
+with masks included, and leave the same share of the layers' parameters, within 1 %.
 
     python examples/benchmarks/vib_lm.py --wikitext DIR --gpt2-tokenizer DIR --llama DIR
     python examples/benchmarks/vib_lm.py --models llama --method vib --seed 0 ...

@@ -20,7 +20,7 @@ from optimum_flexcompress import ModelStructure
 from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.kept import Kept, KeptLayer
 from optimum_flexcompress.structure import count_parameters
-from optimum_flexcompress.surgery import hidden_sides, resize, select
+from optimum_flexcompress.surgery import resize, select
 
 
 VOCABULARY = 8192
@@ -181,7 +181,6 @@ def perplexity(model: PreTrainedModel, rows: Dataset, batch: int = 32) -> float:
 
 @dataclass(frozen=True)
 class _Scores:
-    hidden: torch.Tensor
     heads: list[torch.Tensor]
     ffn: list[torch.Tensor]
 
@@ -209,17 +208,11 @@ def _scores(model: PreTrainedModel) -> _Scores:
         ffn.append(
             _group_norms([*((up.weight, out) for up in layer.ffn.up), (layer.ffn.down.weight, into)], layer.ffn.size)
         )
-    sides = hidden_sides(view)
-    weights = []
-    for item, ends in sides.values():
-        weight = getattr(item, "weight", item)
-        if weight.dim() == 2:
-            weights += [(weight, dim) for dim in range(2) if weight.shape[dim] == view.hidden_size and ends]
-    return _Scores(_group_norms(weights, view.hidden_size), heads, ffn)
+    return _Scores(heads, ffn)
 
 
 def magnitude_prune(model: PreTrainedModel, sparsity: float, align: int) -> PreTrainedModel:
-    """Removes what has the smallest weights: hidden dims and heads at one pace, FFN dims for the remainder.
+    """Removes the heads and FFN dims with the smallest weights: of every layer the same number.
 
     Args:
         model: Pruned in place.
@@ -229,16 +222,14 @@ def magnitude_prune(model: PreTrainedModel, sparsity: float, align: int) -> PreT
     dense = ModelStructure.of(model)
     ((name, stack),) = dense.stacks.items()
     wanted = (1 - sparsity) * count_parameters(model)["prunable"]
-    pace = (1 - sparsity) ** 0.5
     first = stack.layers[0]
-    hidden = max(round(pace * dense.hidden_size / align), 1) * align
-    groups = max(round(pace * first.attention.kv_heads), 1)
+    groups = max(round((1 - sparsity) * first.attention.kv_heads), 1)
     shared = first.attention.heads // first.attention.kv_heads
 
     def structure(ffn: int) -> ModelStructure:
         attention = replace(first.attention, heads=groups * shared, kv_heads=groups)
         layers = tuple(replace(layer, attention=attention, ffn=ffn) for layer in stack.layers)
-        return replace(dense, hidden_size=hidden, stacks={name: replace(stack, layers=layers)})
+        return replace(dense, stacks={name: replace(stack, layers=layers)})
 
     def error(ffn: int) -> float:
         with torch.device("meta"):
@@ -256,4 +247,4 @@ def magnitude_prune(model: PreTrainedModel, sparsity: float, align: int) -> PreT
         KeptLayer(index, attention=largest(heads, groups), ffn=largest(dims, ffn))
         for index, (heads, dims) in enumerate(zip(scores.heads, scores.ffn, strict=True))
     ]
-    return select(model, Kept(largest(scores.hidden, hidden), {name: layers}))
+    return select(model, Kept(None, {name: layers}))
