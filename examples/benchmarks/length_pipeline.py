@@ -49,6 +49,7 @@ class LengthExperiment:
         distil: What length-adaptive training learns from the fine-tuned model; `None`: nothing.
         metric: What configurations are searched by; the main metric of the task when `None`. `"loss"` tells more from
             few examples, and does not go with `within`.
+        max_cost: The share of the multiply-accumulates that the search looks at most closely.
         reference: Makes a further model to time.
         reference_name: Its name.
         facts: What the report says about the experiment.
@@ -63,6 +64,7 @@ class LengthExperiment:
     prune: VIBPruningConfig | None = None
     distil: DistillationConfig | None = None
     metric: str | None = None
+    max_cost: float | None = None
     reference: Callable[[], torch.nn.Module] | None = None
     reference_name: str = ""
     seed: int = 42
@@ -132,6 +134,7 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
                 samples=None,
                 max_length=experiment.max_length,
                 metric=experiment.metric,
+                max_cost=experiment.max_cost,
                 population=12,
                 trials=options.trials,
                 patience=0,

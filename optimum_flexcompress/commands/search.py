@@ -67,7 +67,11 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             metavar="SHARE",
             help="Pick the cheapest that loses at most this: 0.01, or 1%%, of the metric.",
         )
-        pick.add_argument("--max-cost", metavar="SHARE", help="Pick within this share of the full model's cost.")
+        pick.add_argument(
+            "--max-cost",
+            metavar="SHARE",
+            help="Pick within this share of the full model's cost, around which is searched most.",
+        )
         pick.add_argument(
             "--max-latency", type=float, metavar="MS", help="Pick within so many milliseconds a batch (latency only)."
         )

@@ -156,7 +156,8 @@ def search_assemblies(
         objective: What to trade the metric against: `"macs"` of one input, or `"latency"`, measured here in PyTorch in
             turn with the full model.
         max_drop: Pick the cheapest assembly that loses at most this share of the metric: `0.01` or `"1%"`.
-        max_cost: Pick within this share of the full model's cost: `0.5` or `"50%"`.
+        max_cost: Pick within this share of the full model's cost: `0.5` or `"50%"`. Without `max_drop`, the search
+            looks most closely at what costs about as much.
         max_latency: Pick within so many milliseconds a batch, where latency is searched.
         save_pick: Folder for the model assembled from the pick.
         processor: Tokenizer or image processor of a model in memory.

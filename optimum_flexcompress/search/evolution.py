@@ -26,6 +26,7 @@ Candidate = tuple
 MUTATION = 0.5
 """Share of the children that come from one parent, and of the genes that change in them."""
 ATTEMPTS = 50
+NEAR = 0.2
 GAIN = 1e-3
 POLL = 0.5
 
@@ -92,6 +93,8 @@ class Evolution:
         patience: The search also ends when so many configurations in a row have not moved the front; 0: never.
         focus: Configurations that lose more than this share of the full model's metric are not bred from, and do not
             count as moving the front, as long as there are others.
+        max_cost: What the pick may cost, as a share of the full model's cost. Then the configurations that cost about
+            as much are bred from, whatever they lose, and `focus` is without effect.
         seed: Of everything random.
     """
 
@@ -106,12 +109,14 @@ class Evolution:
         trials: int = 150,
         patience: int = 40,
         focus: float = 0.05,
+        max_cost: float | None = None,
         seed: int = 42,
     ):
         check_counts(2, population=population)
         check_counts(trials=trials)
         check_counts(0, patience=patience)
-        self.space, self.population, self.patience, self.focus, self.seed = space, population, patience, focus, seed
+        self.space, self.population, self.patience, self.seed = space, population, patience, seed
+        self.focus, self.max_cost = focus, max_cost
         self.trials = min(trials, space.size)
         self._sign = 1 if greater_is_better else -1
         with explained(), _quiet():
@@ -206,7 +211,11 @@ class Evolution:
     def _least_quality(self, scores: Mapping[Candidate, Score]) -> float:
         """What a configuration must reach to be of interest."""
         full = scores.get(self.space.full)
-        return -np.inf if full is None else self._sign * full.metric - self.focus * abs(full.metric)
+        return (
+            -np.inf
+            if full is None or self.max_cost is not None
+            else self._sign * full.metric - self.focus * abs(full.metric)
+        )
 
     def _next(self) -> tuple[optuna.Trial, Candidate]:
         scored = list(self.scores())
@@ -248,10 +257,7 @@ class Evolution:
         known = self.store.known()
         # The number of configurations so far makes a search that was resumed draw what it would have drawn.
         rng = np.random.default_rng([self.seed, len(known)])
-        scores = self.scores()
-        least = self._least_quality(scores)
-        good = [parent for parent in parents if parent in scores and self._sign * scores[parent].metric >= least]
-        parents = sorted(set(good if len(good) > 1 else parents))
+        parents = sorted(set(self._of_interest(parents, self.scores())))
         child = self._breed(parents, rng)
         for _ in range(ATTEMPTS):
             if key_of(child) not in known:
@@ -260,6 +266,19 @@ class Evolution:
         while key_of(child) in known and len(known) < self.space.size:
             child = self.space.random(rng)
         return child
+
+    def _of_interest(self, parents: Sequence[Candidate], scores: Mapping[Candidate, Score]) -> Sequence[Candidate]:
+        """Those of the parents that lead to what is asked for, if there are two of them."""
+        known = sorted(set(parents) & scores.keys())
+        if self.max_cost is None:
+            least = self._least_quality(scores)
+            good = [parent for parent in known if self._sign * scores[parent].metric >= least]
+        else:
+            distance = {parent: abs(scores[parent].relative_cost / self.max_cost - 1) for parent in known}
+            good = [parent for parent in known if distance[parent] <= NEAR]
+            if len(good) < 2:
+                good = sorted(known, key=distance.get)[:2]
+        return good if len(good) > 1 else parents
 
     def _breed(self, parents: Sequence[Candidate], rng: np.random.Generator) -> Candidate:
         if len(parents) < 2 or rng.random() < MUTATION:

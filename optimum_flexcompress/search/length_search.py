@@ -76,7 +76,8 @@ def search_lengths(
         runtime: What runs the candidates: `"pytorch"`, or their ONNX graphs in ONNX Runtime, `"ort"` in single
             precision, `"ort-int8"` in int8.
         max_drop: Pick the cheapest configuration that loses at most this share of the metric: `0.01` or `"1%"`.
-        max_cost: Pick within this share of the full model's cost: `0.5` or `"50%"`.
+        max_cost: Pick within this share of the full model's cost: `0.5` or `"50%"`. Without `max_drop`, the search
+            looks most closely at what costs about as much.
         max_latency: Pick within so many milliseconds a batch, where latency is searched.
         save_pick: Folder for the model with the picked lengths set.
         processor: Tokenizer or image processor of a model in memory.

@@ -128,6 +128,7 @@ class SearchRun:
                 trials=trials,
                 patience=2 * population if patience is None else patience,
                 focus=max(FOCUS, 2 * self._asked.get("max_drop", 0.0)),
+                max_cost=None if "max_drop" in self._asked else self._asked.get("max_cost"),
                 seed=seed,
             )
             say(title)

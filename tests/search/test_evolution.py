@@ -82,6 +82,23 @@ def test_it_finds_more_than_its_start_and_no_dominated_point(url):
     assert area(evolution.scores()) > 0.8 * area(space_of().all()) > 1.5 * area(evolution.start)
 
 
+@pytest.mark.parametrize("max_cost", [0.4, 0.6])
+def test_it_looks_near_the_cost_that_is_asked_for(tmp_path, max_cost):
+    def run(**options):
+        evolution = evolution_of(f"sqlite:///{tmp_path / f'{len(options)}.db'}", trials=30, **options)
+        evolution.run(score, progress=False)
+        return evolution.scores()
+
+    def best(scores):
+        return max(one.metric for one in scores.values() if one.relative_cost <= max_cost)
+
+    aimed, plain = run(max_cost=max_cost), run()
+    near = [sum(abs(one.relative_cost / max_cost - 1) < 0.2 for one in scores.values()) for scores in (aimed, plain)]
+    assert near[0] > 10 and near[0] > near[1], near
+    possible = best({candidate: score(candidate) for candidate in space_of().all()})
+    assert best(aimed) > 0.94 * possible and best(aimed) >= best(plain), (best(aimed), best(plain), possible)
+
+
 @pytest.mark.parametrize(
     ("layers", "max_length", "trials", "patience"),
     [(1, 2, 30, 0), (1, 9, 30, 5), (1, 9, 7, 0), (2, 2, 30, 5), (2, 4, 30, 0), (2, 5, 9, 0), (2, 5, 9, 5)],
