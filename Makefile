@@ -69,10 +69,10 @@ quickstart: install
 		--output $(OUT) $(if $(SMOKE),--overwrite)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --max-worker-restart=0 tests
 
 test-ipex: $(IPEX_INSTALLED)
-	FLEXCOMPRESS_LANE=ipex OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python -m pytest -n 2 tests/ipex $(IPEX_CORE_TESTS)
+	FLEXCOMPRESS_LANE=ipex OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python -m pytest -n 2 --max-worker-restart=0 tests/ipex $(IPEX_CORE_TESTS)
 
 # MDX, as Optimum's own documentation is published from: for HTML (--html) doc-builder clones its web site's sources from
 # GitHub and installs them with npm, and this target needs no network.

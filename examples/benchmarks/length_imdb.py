@@ -4,7 +4,7 @@ Fine-tunes the 6-layer MiniLM of the `demo` extra on 8,000 reviews of IMDB at 25
 and searches for length configurations on 1,000 reviews of the training set that neither training saw. The chosen ones
 are scored on 5,000 fixed random reviews of the test set, in int8, and timed against the dense model in one run. Each
 stage leaves its result in the work folder, and is skipped when it is there; trainings go on from their last
-checkpoint. About 80 minutes on two cores.
+checkpoint. About 100 minutes on two cores.
 
     python examples/benchmarks/length_imdb.py --data DIR
     python examples/benchmarks/length_imdb.py --data DIR --stages time               # one stage again
