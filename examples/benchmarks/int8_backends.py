@@ -4,8 +4,8 @@ Fine-tunes the MiniLM of the `demo` extra (or takes one that is), prunes half of
 (mode `faster`: weights frozen, no fine-tuning afterwards), and trains it length-adaptively, to be used at the lengths
 of QuaLA-MiniLM and at those that a search finds cheapest; all four then become int8 in ONNX Runtime, OpenVINO and IPEX.
 Beside them run PyTorch in single precision, what one would have without this package (Optimum's export of the dense
-model, made int8 by NNCF), and BERT-base in PyTorch. Every round times each of them once, so
-that their ratios hold on a busy machine too.
+model, made int8 by NNCF), and BERT-base in PyTorch. Every round times each of them once, so that their ratios hold on a
+busy machine too.
 
     python examples/benchmarks/int8_backends.py --sst2 DIR --python ipex=.venv-ipex/bin/python
     python examples/benchmarks/int8_backends.py --sst2 DIR --model FINE-TUNED --stages make score time stream

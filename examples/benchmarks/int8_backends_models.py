@@ -17,13 +17,14 @@ from staged import train
 from transformers import BertConfig, BertForSequenceClassification
 
 from optimum_flexcompress import FlexCompressConfig, LengthAdaptiveConfig, VIBPruningConfig, set_lengths
+from optimum_flexcompress.data import take
 from optimum_flexcompress.evaluation import count_macs, count_parameters, file_size
 from optimum_flexcompress.evaluation.artifact import Artifact, model_artifact
 from optimum_flexcompress.evaluation.inputs import example_batch
 from optimum_flexcompress.output import atomic_folder
 from optimum_flexcompress.quantization.backends import BACKENDS
 from optimum_flexcompress.quantization.calibration_data import calibration_examples
-from optimum_flexcompress.search import search_lengths
+from optimum_flexcompress.search import hold_out, search_lengths
 from optimum_flexcompress.search.front import Point
 from optimum_flexcompress.tasks import get_task
 from optimum_flexcompress.token_dropping import lengths_of
@@ -111,21 +112,16 @@ class Maker:
         """Of the dense model as others export and quantize it."""
         return self.work / "int8" / "dense-stock-openvino"
 
-    def data(self, splits: DatasetDict) -> DatasetDict:
-        """The rows to train on."""
-        rows = splits["train"].shuffle(seed=SEED)
-        return DatasetDict(train=rows.select(range(min(self.rows, len(rows)))), validation=splits["validation"])
-
-    def held_out(self, splits: DatasetDict) -> Dataset:
-        """Rows that no training sees."""
-        rows = splits["train"].shuffle(seed=SEED)
-        return rows.select(range(self.rows, min(self.rows + HELD_OUT, len(rows))))
+    def data(self, splits: DatasetDict) -> tuple[DatasetDict, Dataset]:
+        """The rows to train and to report on, and rows to search on that no training sees."""
+        train, held_out = hold_out(take(splits["train"], self.rows + HELD_OUT, SEED), HELD_OUT, SEED)
+        return DatasetDict(train=train, validation=splits["validation"]), held_out
 
     # -- Models ---------------------------------------------------------------------------------------------------
 
     def make_model(self, variant: str, splits: DatasetDict) -> dict[str, Any]:
         """Trains a variant, and describes it."""
-        data, started = self.data(splits), time.perf_counter()
+        (data, held_out), started = self.data(splits), time.perf_counter()
         if variant == "dense" and not self.model:
             self._train("dense", self.source, data, num_train_epochs=2, learning_rate=5e-5)
         elif variant == "pruned":
@@ -146,7 +142,7 @@ class Maker:
             # Fractions of each sentence: counts that suit 384 tokens would drop nothing of sentences this short.
             config = LengthAdaptiveConfig(unit="fractions", length_drop=0.3)
             self._train("adapted", self.folder("dense"), data, config, num_train_epochs=1, learning_rate=3e-5)
-            lengths = list(LENGTHS) if variant == "length-adaptive" else self._search(splits).lengths
+            lengths = list(LENGTHS) if variant == "length-adaptive" else self._search(held_out).lengths
             adapted = self.folder("adapted")
             model = set_lengths(TASK.load_model(adapted), lengths)
             with atomic_folder(self.folder(variant), overwrite=True) as folder:
@@ -163,12 +159,12 @@ class Maker:
             "macs": macs,
         }
 
-    def _search(self, splits: DatasetDict) -> Point:
-        """The cheapest lengths that keep the accuracy on rows that no training saw."""
+    def _search(self, held_out: Dataset) -> Point:
+        """The cheapest lengths that keep the accuracy."""
         few = {} if self.steps is None else {"trials": 8, "population": 4}
         front = search_lengths(
             self.folder("adapted"),
-            DatasetDict(validation=self.held_out(splits)),
+            DatasetDict(validation=held_out),
             TASK,
             self.work / "search",
             max_drop=MAX_DROP,

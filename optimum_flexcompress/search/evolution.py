@@ -257,7 +257,7 @@ class Evolution:
         known = self.store.known()
         # The number of configurations so far makes a search that was resumed draw what it would have drawn.
         rng = np.random.default_rng([self.seed, len(known)])
-        parents = sorted(set(self._of_interest(parents, self.scores())))
+        parents = self._of_interest(sorted(set(parents)), self.scores())
         child = self._breed(parents, rng)
         for _ in range(ATTEMPTS):
             if key_of(child) not in known:
@@ -269,15 +269,14 @@ class Evolution:
 
     def _of_interest(self, parents: Sequence[Candidate], scores: Mapping[Candidate, Score]) -> Sequence[Candidate]:
         """Those of the parents that lead to what is asked for, if there are two of them."""
-        known = sorted(set(parents) & scores.keys())
+        known = [parent for parent in parents if parent in scores]
         if self.max_cost is None:
             least = self._least_quality(scores)
             good = [parent for parent in known if self._sign * scores[parent].metric >= least]
         else:
             distance = {parent: abs(scores[parent].relative_cost / self.max_cost - 1) for parent in known}
-            good = [parent for parent in known if distance[parent] <= NEAR]
-            if len(good) < 2:
-                good = sorted(known, key=distance.get)[:2]
+            near = sum(value <= NEAR for value in distance.values())
+            good = sorted(sorted(known, key=distance.get)[: max(near, 2)])
         return good if len(good) > 1 else parents
 
     def _breed(self, parents: Sequence[Candidate], rng: np.random.Generator) -> Candidate:
