@@ -2,10 +2,10 @@ r"""Int8 in every backend, side by side: the 6-layer MiniLM on SST-2, dense, pru
 
 Fine-tunes the MiniLM of the `demo` extra (or takes one that is), prunes half of its layers' parameters with VIB masks
 (mode `faster`: weights frozen, no fine-tuning afterwards), and trains it length-adaptively, to be used at the lengths
-of QuaLA-MiniLM and at those that a search finds cheapest; all four then become int8 in ONNX Runtime, OpenVINO and IPEX.
-Beside them run PyTorch in single precision, what one would have without this package (Optimum's export of the dense
-model, made int8 by NNCF), and BERT-base in PyTorch. Every round times each of them once, so that their ratios hold on a
-busy machine too.
+of QuaLA-MiniLM and at those that a search finds best at 0.4 of the multiply-accumulates; all four then become int8 in
+ONNX Runtime, OpenVINO and IPEX. Beside them run PyTorch in single precision, what one would have without this package
+(Optimum's export of the dense model, made int8 by NNCF), and BERT-base in PyTorch. Every round times each of them once,
+so that their ratios hold on a busy machine too.
 
     python examples/benchmarks/int8_backends.py --sst2 DIR --python ipex=.venv-ipex/bin/python
     python examples/benchmarks/int8_backends.py --sst2 DIR --model FINE-TUNED --stages make score time stream
@@ -15,7 +15,7 @@ busy machine too.
 
 `DIR` holds `train.tsv` and `dev.tsv` (`sentence`, `label`), packed with xz or not. The stages:
 
-    train    the models, and the search; about 15 minutes on two cores with AVX512-BF16
+    train    the models, and the search; about 75 minutes on two cores with AVX512-BF16
     make     int8 of each in each backend; a minute or two each
     score    accuracy on the development set, and agreement with the same model in single precision
     time     batches of one shape
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--stream", type=int, default=100, help="sentences one by one")
     parser.add_argument("--samples", type=int, default=200, help="calibration examples")
-    parser.add_argument("--rows", type=int, default=20_000, help="sentences to train on")
+    parser.add_argument("--rows", type=int, help="bound of the sentences to train on, to try the script out")
     parser.add_argument("--dev", type=int, help="bound of the development set, to try the script out")
     parser.add_argument("--steps", type=int, help="bound of every training, to try the script out")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in bfloat16")

@@ -39,8 +39,8 @@ LENGTHS = (0.82, 0.65, 0.63, 0.41, 0.37, 0.09)
 ADAPTIVE = ("length-adaptive", "searched lengths")
 VARIANTS = ("dense", "pruned", *ADAPTIVE)
 SPARSITY, MASK_STEPS = 0.5, 150
-# Of the search: sentences, and what of their accuracy may go.
-HELD_OUT, TRIALS, MAX_DROP = 1000, 60, 0.005
+# Of the search: sentences, and the share of the multiply-accumulates at which their loss is to be least.
+HELD_OUT, TRIALS, MAX_COST = 1000, 60, 0.4
 FP32, STOCK = "PyTorch fp32", "OpenVINO int8 of the stock export"
 BASE = "BERT-base, PyTorch fp32, SDPA, random weights"
 
@@ -84,7 +84,7 @@ class Maker:
         sst2: The data set.
         source: The encoder to start from.
         model: An encoder fine-tuned on SST-2 already, or `None`.
-        rows: Bound of the training rows.
+        rows: Bound of the training rows, or `None`.
         steps: Bound of the steps of every training, to try the script out.
         bf16: Whether to train in bfloat16.
         interpreters: Lane -> interpreter.
@@ -94,7 +94,7 @@ class Maker:
     sst2: Path
     source: str
     model: str | None
-    rows: int
+    rows: int | None
     steps: int | None
     bf16: bool
     interpreters: Mapping[str, str]
@@ -114,7 +114,8 @@ class Maker:
 
     def data(self, splits: DatasetDict) -> tuple[DatasetDict, Dataset]:
         """The rows to train and to report on, and rows to search on that no training sees."""
-        train, held_out = hold_out(take(splits["train"], self.rows + HELD_OUT, SEED), HELD_OUT, SEED)
+        rows = None if self.rows is None else self.rows + HELD_OUT
+        train, held_out = hold_out(take(splits["train"], rows, SEED), HELD_OUT, SEED)
         return DatasetDict(train=train, validation=splits["validation"]), held_out
 
     # -- Models ---------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ class Maker:
             self._train("pruned", self.folder("dense"), data, config, max_steps=steps, learning_rate=1e-4)
         elif variant in ADAPTIVE:
             # Fractions of each sentence: counts that suit 384 tokens would drop nothing of sentences this short.
-            config = LengthAdaptiveConfig(unit="fractions", length_drop=0.3)
+            config = LengthAdaptiveConfig(num_sandwich=1, unit="fractions", length_drop=0.3, layer_drop=0.0)
             self._train("adapted", self.folder("dense"), data, config, num_train_epochs=1, learning_rate=3e-5)
             lengths = list(LENGTHS) if variant == "length-adaptive" else self._search(held_out).lengths
             adapted = self.folder("adapted")
@@ -160,14 +161,15 @@ class Maker:
         }
 
     def _search(self, held_out: Dataset) -> Point:
-        """The cheapest lengths that keep the accuracy."""
+        """The lengths of the least loss at a share of the multiply-accumulates."""
         few = {} if self.steps is None else {"trials": 8, "population": 4}
         front = search_lengths(
             self.folder("adapted"),
             DatasetDict(validation=held_out),
             TASK,
             self.work / "search",
-            max_drop=MAX_DROP,
+            metric="loss",
+            max_cost=MAX_COST,
             samples=None,
             max_length=MAX_LENGTH,
             seed=SEED,

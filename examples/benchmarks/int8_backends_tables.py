@@ -93,7 +93,13 @@ def wanted(cells: Cells, shapes: Mapping[str, Timings]) -> list[str]:
         timings = shapes.get("32x384", {})
         return lambda: ratio(timings, slow, fast) if slow in timings and fast in timings else None
 
-    say("32x384: IPEX static, dense, over OpenVINO int8", over(f"dense: {IPEX}", f"dense: {OPENVINO}"), 1.1)
+    # What IPEX was held against is what others get of OpenVINO; our export of the same model is faster.
+    say(
+        "32x384: IPEX static, dense, over OpenVINO int8 of the stock export",
+        over(f"dense: {IPEX}", f"dense: {STOCK}"),
+        1.1,
+    )
+    say("32x384: IPEX static, dense, over our OpenVINO int8", over(f"dense: {IPEX}", f"dense: {OPENVINO}"), 1.1)
     for variant in ADAPTIVE:
         say(f"32x384: IPEX, dense over {variant}", over(f"dense: {IPEX}", f"{variant}: {IPEX}"), 1.7, True)
         ours, stock = f"{variant}: {OPENVINO}", f"dense: {STOCK}"
