@@ -17,13 +17,14 @@ def tilings(depth: int, granularities: Sequence[int]) -> dict[int, tuple[Piece, 
     """For each number of layers that a stack can come down to, the tiling that changes it least.
 
     That is the one whose modules stand for the fewest layers each, by the sum of `(granularity - 1)^2`. Among equals
-    modules stand at the top: a layer below the first module sees exactly what it was trained on.
+    modules stand at the bottom: the original layers above them make up for some of what they miss.
 
     Args:
         depth: Layers of the stack.
         granularities: Granularities of its modules; each divides the depth.
     """
-    # By position and number of pieces: the cost and the granularities of the pieces up to there.
+    # By position and number of pieces: the cost and the granularities of the pieces up to there, negated, so that of two
+    # equally dear the one whose modules stand lower is the smaller.
     best: list[dict[int, tuple[int, tuple[int, ...]]]] = [{} for _ in range(depth + 1)]
     best[0][0] = (0, ())
     for start in range(depth):
@@ -31,11 +32,11 @@ def tilings(depth: int, granularities: Sequence[int]) -> dict[int, tuple[Piece, 
             for size in (1, *granularities):
                 if start % size:
                     continue
-                candidate = (cost + (size - 1) ** 2, (*sizes, size))
+                candidate = (cost + (size - 1) ** 2, (*sizes, -size))
                 known = best[start + size].get(count + 1)
                 if known is None or candidate < known:
                     best[start + size][count + 1] = candidate
-    return {count: _pieces(sizes) for count, (_, sizes) in sorted(best[depth].items())}
+    return {count: _pieces([-size for size in sizes]) for count, (_, sizes) in sorted(best[depth].items())}
 
 
 def _pieces(sizes: Sequence[int]) -> tuple[Piece, ...]:
