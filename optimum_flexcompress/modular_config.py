@@ -65,7 +65,7 @@ class ModularConfig(MethodConfig):
     temperature: float = 2.0
     hidden_states_weight: float = 1.0
     blocks_weight: float = 1.0
-    attention_weight: float = 1.0
+    attention_weight: float = 0.1
     task_loss_weight: float = 1.0
     evaluated_ratio: float | None = None
 

@@ -28,13 +28,15 @@ from optimum_flexcompress.evaluation.assemblies import draw_against_ratio, draw_
 from optimum_flexcompress.evaluation.environment import describe_environment, environment_info
 from optimum_flexcompress.evaluation.formatting import text_table
 from optimum_flexcompress.methods.distillation import make_student
-from optimum_flexcompress.methods.modular import STRATEGIES
+from optimum_flexcompress.methods.modular import STRATEGIES, Assembly, Piece
 from optimum_flexcompress.structure import count_parameters
 
 
 PARTS = ("ours", "baselines", "latency")
 RATIOS = (1.1, 1.5, 2.0, 3.0, 4.0, 6.0)
 BASELINE_RATIOS = (1.5, 3.0, 6.0)
+# What size-first would be with the modules above the layers that are kept; only some ratios keep any.
+UPSIDE_DOWN, UPSIDE_DOWN_RATIOS = "modules on top", (1.1, 1.5)
 BASELINES = ("truncate", "distil", "theseus")
 BUDGETS = ("each", "shared")
 TITLES = {
@@ -192,7 +194,10 @@ class Plan:
 
         def run() -> dict[str, Any]:
             model = ModularModel.from_pretrained(self.modular()["folder"])
-            assembly = model.choose(strategy, ratio)
+            if strategy == UPSIDE_DOWN:
+                assembly = upside_down(model.choose("size-first", ratio))
+            else:
+                assembly = model.choose(strategy, ratio)
             folder = self.cells.folder(name)
             facts = {"folder": str(folder), "assembly": assembly.to_dict(), "ratio": assembly.ratio}
             return self._finish(model.assemble(assembly), folder, **facts)
@@ -238,10 +243,27 @@ class Plan:
         return found
 
 
+def upside_down(assembly: Assembly) -> Assembly:
+    """The same numbers of layers and modules in each stack, in the opposite order."""
+    stacks = {}
+    for name, pieces in assembly.stacks.items():
+        start, turned = 0, []
+        for piece in reversed(pieces):
+            turned.append(Piece(piece.granularity, start // piece.granularity))
+            start += piece.granularity
+        stacks[name] = tuple(turned)
+    return Assembly(stacks)
+
+
 def _stacks(model: PreTrainedModel) -> list[Any]:
     from optimum_flexcompress.architectures import describe
 
     return [stack.layers for stack in describe(model).stacks.values()]
+
+
+def orders(ratio: float) -> tuple[str, ...]:
+    """The assemblies of a ratio."""
+    return (*STRATEGIES, *([UPSIDE_DOWN] if ratio in UPSIDE_DOWN_RATIOS else []))
 
 
 def possible(method: str, ratio: float) -> bool:
@@ -318,7 +340,7 @@ def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
     """Runs the trainings of some parts, those that compare most first."""
     if "ours" in parts:
         for ratio in RATIOS:
-            for strategy in STRATEGIES:
+            for strategy in orders(ratio):
                 plan.assembled(strategy, ratio)
                 write()
     if "baselines" in parts:
@@ -351,7 +373,7 @@ def table(plan: Plan, script: str) -> tuple[list[str], list[list[str]], list[str
 
     add("1", "full model", plan.setting.teacher_steps, plan.cells.get("full"), "ours")
     for ratio in RATIOS:
-        for strategy in STRATEGIES:
+        for strategy in orders(ratio):
             cell = plan.cells.get(f"assembled/{strategy}/{ratio:g}")
             add(f"{ratio:g}", f"modular, {strategy}", plan.setting.steps, cell, "ours")
         for method in BASELINES if ratio in BASELINE_RATIOS else ():
