@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ except ImportError as error:
 
 _COLOURS = {1: "#e6e6e6", 2: "#bcd3e8", 3: "#8fb3d6", 4: "#6a97c4", 6: "#3f6f9f"}
 _OTHER = "#2f5377"
-_LINES = ("#4878a8", "#e08a2e", "#5f9e6e", "#a85f8f")
+_LINES = ("#4878a8", "#e08a2e", "#5f9e6e", "#a85f8f", "#8a7a4f", "#777777")
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 
 Plan = Mapping[str, Sequence[Mapping[str, int]]]
@@ -88,7 +89,9 @@ def draw_against_ratio(
     """
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+        columns = min(len(panels), 3)
+        rows = math.ceil(len(labels) / columns)
+        figure = Figure(figsize=(4.6 * len(panels), 3.2 + 0.2 * rows), layout="constrained")
         for panel, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
             for label, points in lines.items():
                 index = labels.index(label)
@@ -104,7 +107,7 @@ def draw_against_ratio(
             panel.set(xlabel="layers of the full model over those of the assembly", ylabel=name)
             panel.grid(True, alpha=0.2)
         handles = {label: handle for p in figure.axes for handle, label in zip(*p.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
         if title:
             figure.suptitle(title, x=0.01, ha="left")
         return _save(figure, file)
