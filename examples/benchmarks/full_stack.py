@@ -33,12 +33,12 @@ from datasets import DatasetDict
 from length_pipeline import ADAPTED, DENSE, DENSE_FP32, LengthExperiment, add_arguments, run
 from staged import write_json
 
-from optimum_flexcompress import DistillationConfig, LengthAdaptiveConfig, VIBPruningConfig
+from optimum_flexcompress import DistillationConfig, VIBPruningConfig
 from optimum_flexcompress.data import take
 from optimum_flexcompress.tasks import get_task
 
 
-SEED, BATCH, TEMPERATURE = 42, 16, length_imdb.TEMPERATURE
+SEED, BATCH = 42, 16
 MAX_LOSS, LEAST_SPEEDUP = 0.01, 2.5
 TASKS = {
     "imdb": ("text-classification", length_imdb.MAX_LENGTH),
@@ -96,13 +96,14 @@ def main() -> None:
         prune=[
             VIBPruningConfig(target_sparsity=options.sparsity, mask_learning_rate=max(MASK_RATE, SLOWEST / steps)),
             DistillationConfig(
-                temperature=TEMPERATURE, task_loss_weight=0.0, hidden_states_weight=1.0, layer_map="ordered"
+                temperature=length_imdb.TEMPERATURE,
+                task_loss_weight=0.0,
+                hidden_states_weight=1.0,
+                layer_map="ordered",
             ),
         ],
-        adapt=LengthAdaptiveConfig(
-            num_sandwich=1, length_drop=0.25, layer_drop=0.0, unit="fractions", temperature=TEMPERATURE
-        ),
-        distil=DistillationConfig(temperature=TEMPERATURE, task_loss_weight=0.0),
+        adapt=length_imdb.ADAPT,
+        distil=length_imdb.DISTIL,
         metric="loss",
         max_cost=0.6,
         picks=PICKS,

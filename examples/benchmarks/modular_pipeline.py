@@ -245,13 +245,12 @@ class Plan:
 
 def upside_down(assembly: Assembly) -> Assembly:
     """The same numbers of layers and modules in each stack, in the opposite order."""
-    stacks = {}
-    for name, pieces in assembly.stacks.items():
-        start, turned = 0, []
-        for piece in reversed(pieces):
-            turned.append(Piece(piece.granularity, start // piece.granularity))
-            start += piece.granularity
-        stacks[name] = tuple(turned)
+    stacks = {
+        name: tuple(
+            Piece(piece.granularity, (pieces[-1].stop - piece.stop) // piece.granularity) for piece in reversed(pieces)
+        )
+        for name, pieces in assembly.stacks.items()
+    }
     return Assembly(stacks)
 
 
