@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import modular_pipeline
+import numpy as np
 import torch
+from scipy.stats import permutation_test
 from transformers import T5Config, T5ForConditionalGeneration
 
 
@@ -38,6 +40,7 @@ LONGEST = 32
 TEST_ROWS = 3000
 """Held-out words to score on, unless `--test-rows` says otherwise."""
 NEW_TOKENS = 12
+SWAPS = 9999
 
 
 def read(folder: Path) -> dict[str, list[tuple[str, ...]]]:
@@ -103,22 +106,50 @@ def distance(one: list[int], other: list[int]) -> int:
 
 
 @torch.inference_mode()
-def score(words: Words, model: T5ForConditionalGeneration, batch_size: int = 256) -> dict[str, float]:
-    """Phoneme and word error rates in percent, greedy."""
+def predict(words: Words, model: T5ForConditionalGeneration, batch_size: int = 256) -> list[list[int]]:
+    """Pronunciations of the test words, greedy."""
     model.eval()
-    errors = total = wrong = 0
+    found = []
     for start in range(0, len(words.test), batch_size):
-        part = words.test[start : start + batch_size]
-        ids = padded([spelled for spelled, _ in part], PAD).to(model.device)
+        ids = padded([spelled for spelled, _ in words.test[start : start + batch_size]], PAD).to(model.device)
         spoken = model.generate(
             ids, attention_mask=ids.ne(PAD).long(), num_beams=1, do_sample=False, max_new_tokens=LONGEST
         )
-        for row, (_, references) in zip(spoken.tolist(), part, strict=True):
+        for row in spoken.tolist():
             said = row[1:]
-            said = said[: said.index(END)] if END in said else said
-            least, length = min((distance(said, reference), len(reference)) for reference in references)
-            errors, total, wrong = errors + least, total + length, wrong + (least > 0)
-    return {"PER %": 100 * errors / total, "WER %": 100 * wrong / len(words.test), "test_words": len(words.test)}
+            found.append(said[: said.index(END)] if END in said else said)
+    return found
+
+
+def errors(words: Words, spoken: list[list[int]]) -> np.ndarray:
+    """Wrong phonemes of each word and phonemes of the nearest reference, `[words, 2]`."""
+    return np.array(
+        [
+            min((distance(said, reference), len(reference)) for reference in references)
+            for said, (_, references) in zip(spoken, words.test, strict=True)
+        ]
+    )
+
+
+def score(words: Words, spoken: list[list[int]]) -> dict[str, float]:
+    """Phoneme and word error rates in percent."""
+    wrong, length = errors(words, spoken).T
+    rates = {"PER %": 100 * float(wrong.sum() / length.sum()), "WER %": 100 * float((wrong > 0).mean())}
+    return {**rates, "test_words": len(words.test)}
+
+
+def p_value(words: Words, ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Of the difference in phoneme error rate, by swapping the two models' answers to random words."""
+
+    def difference(one: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:
+        return one.sum(axis) - other.sum(axis)
+
+    # The lengths are those of the references: all but the same for both.
+    samples = [errors(words, spoken)[:, 0] for spoken in (ours, theirs)]
+    found = permutation_test(
+        samples, difference, permutation_type="samples", vectorized=True, n_resamples=SWAPS, batch=100, rng=0
+    )
+    return float(found.pvalue)
 
 
 def make_model(width: int, size: int) -> T5ForConditionalGeneration:
@@ -157,7 +188,9 @@ if __name__ == "__main__":
             vocabulary.train,
             collate,
             partial(make_model, given.width, vocabulary.size),
+            partial(predict, vocabulary),
             partial(score, vocabulary),
+            partial(p_value, vocabulary),
             {"PER %": 2, "WER %": 2},
             lower_is_better=True,
             example={"input_ids": letters, "attention_mask": letters.ne(PAD).long()},

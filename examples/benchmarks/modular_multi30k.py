@@ -34,6 +34,7 @@ from optimum_flexcompress.errors import MissingExtraError
 
 try:
     import sacrebleu
+    from sacrebleu.significance import PairedTest
 except ImportError as error:
     raise MissingExtraError("sacrebleu", "report") from error
 
@@ -79,8 +80,8 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 @torch.inference_mode()
-def score(pairs: Pairs, model: BartForConditionalGeneration, batch_size: int = 100) -> dict[str, float]:
-    """BLEU of greedy translations."""
+def predict(pairs: Pairs, model: BartForConditionalGeneration, batch_size: int = 100) -> list[str]:
+    """Greedy translations."""
     model.eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
@@ -96,8 +97,21 @@ def score(pairs: Pairs, model: BartForConditionalGeneration, batch_size: int = 1
             row = row[1:]
             row = row[: row.index(END)] if END in row else row
             found[index] = pairs.tokenizer.decode(row).strip()
-    texts = [found[index] for index in range(len(order))]
+    return [found[index] for index in range(len(order))]
+
+
+def score(pairs: Pairs, texts: list[str]) -> dict[str, float]:
+    """BLEU of translations."""
     return {"BLEU": sacrebleu.corpus_bleu(texts, [pairs.references]).score, "test_sentences": len(texts)}
+
+
+def p_value(pairs: Pairs, ours: list[str], theirs: list[str]) -> float:
+    """Of the difference in BLEU, by approximate randomization."""
+    test = PairedTest(
+        [("theirs", theirs), ("ours", ours)], {"BLEU": sacrebleu.BLEU()}, [pairs.references], test_type="ar"
+    )
+    _, scores = test()
+    return float(scores["BLEU"][1].p_value)
 
 
 def make_model(size: str) -> BartForConditionalGeneration:
@@ -143,7 +157,9 @@ if __name__ == "__main__":
             pairs.train,
             collate,
             partial(make_model, given.size),
+            partial(predict, pairs),
             partial(score, pairs),
+            partial(p_value, pairs),
             {"BLEU": 2},
             lower_is_better=False,
             example={"input_ids": sentences, "attention_mask": sentences.ne(PAD).long()},

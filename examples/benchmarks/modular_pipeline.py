@@ -39,6 +39,8 @@ BASELINE_RATIOS = (1.5, 3.0, 6.0)
 UPSIDE_DOWN, UPSIDE_DOWN_RATIOS = "modules on top", (1.1, 1.5)
 BASELINES = ("truncate", "distil", "theseus")
 BUDGETS = ("each", "shared")
+# What differs on the test set by chance as easily as that is a tie.
+SIGNIFICANT = 0.05
 TITLES = {
     "truncate": "fewer layers, fine-tuned",
     "distil": "fewer layers, logits distilled",
@@ -79,7 +81,9 @@ class Task:
         train: Rows with `input_ids` and `labels`.
         collate: Makes a batch of rows.
         make_model: A new full model.
-        score: Metrics of a model on the test set.
+        predict: What a model generates for the test set.
+        score: Metrics of that.
+        p_value: How likely it is that what two models generate differs as much in the first metric by chance alone.
         metrics: The metrics to show, with their digits; the first one decides.
         lower_is_better: Its direction.
         example: `input_ids` and `attention_mask` of inputs, a batch of which is timed.
@@ -89,7 +93,9 @@ class Task:
     train: Sequence[dict[str, Any]]
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
     make_model: Callable[[], PreTrainedModel]
-    score: Callable[[PreTrainedModel], dict[str, float]]
+    predict: Callable[[PreTrainedModel], list[Any]]
+    score: Callable[[list[Any]], dict[str, float]]
+    p_value: Callable[[list[Any], list[Any]], float]
     metrics: dict[str, int]
     lower_is_better: bool
     example: dict[str, torch.Tensor]
@@ -162,7 +168,7 @@ class Plan:
         counts = count_parameters(model)
         layers = [len(stack) for stack in _stacks(model)]
         found = {"layers": layers, "parameters": counts["total"], "layer_parameters": counts["prunable"]}
-        return {**found, **self.task.score(model), **more}
+        return {**found, **self.task.score(self.task.predict(model)), **more}
 
     def _load(self, cell: dict[str, Any]) -> PreTrainedModel:
         return type(self.task.make_model()).from_pretrained(cell["folder"])
@@ -204,8 +210,8 @@ class Plan:
 
         return self.cells.run(name, run, model)
 
-    def baseline(self, method: str, ratio: float, budget: str) -> dict[str, Any] | None:
-        """The cell of a baseline; `None` where the method cannot have the ratio."""
+    def baseline(self, method: str, ratio: float, budget: str, model: bool = False) -> dict[str, Any] | None:
+        """The cell of a baseline; `None` where the method cannot have the ratio. With `model`, the model is there, too."""
         if not possible(method, ratio):
             return None
         # The sizes are those of the size-first assemblies.
@@ -223,7 +229,7 @@ class Plan:
             seconds = self._train(student, folder, steps, self.setting.rate, methods, teaching)
             return self._finish(student, folder, seconds=seconds, steps=steps, folder=str(folder))
 
-        return self.cells.run(name, run)
+        return self.cells.run(name, run, model)
 
     def _theseus(self, model: PreTrainedModel, granularity: int, steps: int, folder: Path) -> dict[str, Any]:
         between = folder.with_name(f"{folder.name}-modular")
@@ -233,6 +239,19 @@ class Plan:
         small = modular.assemble(modular.smallest())
         shutil.rmtree(between)
         return self._finish(small, folder, seconds=seconds, steps=steps, folder=str(folder))
+
+    def compared(self, method: str, ratio: float, budget: str) -> dict[str, Any] | None:
+        """The cell of a baseline beside the size-first assembly; `None` where the method cannot have the ratio."""
+        if not possible(method, ratio):
+            return None
+
+        def run() -> dict[str, Any]:
+            ours = self.assembled("size-first", ratio, model=True)
+            theirs = self.baseline(method, ratio, budget, model=True)
+            answers = [self.task.predict(self._load(cell)) for cell in (ours, theirs)]
+            return {"p_value": self.task.p_value(*answers)}
+
+        return self.cells.run(f"compared/{method}/{ratio:g}/{budget}", run)
 
     def folders(self) -> dict[str, Path]:
         """The full model and all assembled ones."""
@@ -347,6 +366,7 @@ def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
             for ratio in BASELINE_RATIOS:
                 for method in BASELINES:
                     plan.baseline(method, ratio, budget)
+                    plan.compared(method, ratio, budget)
                     write()
 
 
@@ -399,10 +419,15 @@ def verdicts(plan: Plan) -> list[str]:
             sign = -1 if plan.task.lower_is_better else 1
             best = max(cells, key=lambda method: sign * cells[method][name])
             change = sign * (ours[name] - cells[best][name])
-            word = "wins" if change > 0 else "ties" if change == 0 else "loses"
+            against = plan.cells.get(f"compared/{best}/{ratio:g}/{budget}")
+            chance = f", p = {against['p_value']:.3f}" if against else ""
+            if change == 0 or (against and against["p_value"] >= SIGNIFICANT):
+                word = "ties"
+            else:
+                word = "wins" if change > 0 else "loses"
             lines.append(
                 f"{ratio:g}x, steps {budget}: modular {word}, {name} {ours[name]:.2f} against {cells[best][name]:.2f} "
-                f"of {TITLES[best]}"
+                f"of {TITLES[best]}{chance}"
             )
     return lines
 
