@@ -37,8 +37,6 @@ PAD, END, FIRST = 0, 1, 2
 LETTERS = "'-.abcdefghijklmnopqrstuvwxyz"
 LAYERS = 12
 LONGEST = 32
-TEST_ROWS = 3000
-"""Held-out words to score on, unless `--test-rows` says otherwise."""
 NEW_TOKENS = 12
 SWAPS = 9999
 
@@ -179,7 +177,7 @@ def parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     given = parse()
-    vocabulary = Words(given.data, given.rows, given.test_rows if given.test_rows is not None else TEST_ROWS)
+    vocabulary = Words(given.data, given.rows, given.test_rows)
     letters = padded([spelled for spelled, _ in vocabulary.test[:32]], PAD)
     modular_pipeline.main(
         NAME,
