@@ -9,6 +9,7 @@ import numpy as np
 import optimum.onnxruntime
 import pytest
 import torch
+from onnxruntime import SessionOptions
 from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM
 
 from optimum_flexcompress import (
@@ -76,6 +77,23 @@ def test_encoder_decoders_generate_what_pytorch_generates(exported, family, name
     for merged in (True, False):
         onnx_model = FlexORTModelForSeq2SeqLM.from_pretrained(folder, use_merged=merged)
         torch.testing.assert_close(generate(onnx_model, beams=beams), expected)
+
+
+def test_threads_sleep_between_two_runs_unless_told_otherwise(exported):
+    entry = "session.force_spinning_stop"
+    _, decoder = exported("gpt2", "GPT2LMHeadModel", KINDS[0])
+    _, pair = exported("bart", "BartForConditionalGeneration", KINDS[0])
+    own, spinning = SessionOptions(), SessionOptions()
+    own.intra_op_num_threads = 1
+    spinning.add_session_config_entry(entry, "0")
+    for options, expected in ((None, "1"), (own, "1"), (spinning, "0")):
+        more = {} if options is None else {"session_options": options}
+        seq2seq = FlexORTModelForSeq2SeqLM.from_pretrained(pair, **more)
+        sessions = [FlexORTModelForCausalLM.from_pretrained(decoder, **more).session, seq2seq.encoder.session]
+        for session in (*sessions, seq2seq.decoder.session):
+            found = session.get_session_options()
+            assert found.get_session_config_entry(entry) == expected
+            assert options is not own or found.intra_op_num_threads == 1
 
 
 def test_a_folder_without_a_merged_decoder_loads_without_a_warning(exported, tmp_path, caplog):
