@@ -80,7 +80,7 @@ def draw_against_ratio(
     """Draws values against the ratio, a panel for each kind of value and a line for each way to the model.
 
     Args:
-        panels: By axis title, and then by label, points of ratio and value. A label keeps its colour in all panels.
+        panels: By the title of a panel, and then by label, points of ratio and value. A label keeps its colour in all panels.
         file: The picture to write.
         title: Above all panels.
 
@@ -104,7 +104,8 @@ def draw_against_ratio(
                     color=_LINES[index % len(_LINES)],
                     label=label,
                 )
-            panel.set(xlabel="layers of the full model over those of the assembly", ylabel=name)
+            panel.set_title(name, loc="left", fontsize="medium")
+            panel.set_xlabel("layers of the full model over those of the assembly")
             panel.grid(True, alpha=0.2)
         handles = {label: handle for p in figure.axes for handle, label in zip(*p.get_legend_handles_labels())}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
