@@ -104,7 +104,7 @@ def draw_against_ratio(
                     color=_LINES[index % len(_LINES)],
                     label=label,
                 )
-            panel.set_title(name, loc="left", fontsize="medium")
+            panel.set_title(name, fontsize="medium")
             panel.set_xlabel("layers of the full model over those of the assembly")
             panel.grid(True, alpha=0.2)
         handles = {label: handle for p in figure.axes for handle, label in zip(*p.get_legend_handles_labels())}
