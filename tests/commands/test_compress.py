@@ -62,7 +62,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(compress, tmp_path, monkey
     before = sorted(data_folder.iterdir())
     done = compress("--max-drop", "1%", "--dry-run", "-o", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "+ layers    MiniLM and logits, into half of 4 layers [quickstart.json, modular_multi30k.json" in done.out
+    assert "+ layers    MiniLM and logits, into half of 4 layers [quickstart.json, modular_cmudict.json]" in done.out
     assert "- tokens " in done.out and "This was a dry run: nothing was trained, and nothing was written." in done.out
     table = done.out[done.out.index("\nstage  ") + 1 :].splitlines()
     assert [line.split()[0] for line in table[2 : 2 + len(STAGES)]] == list(STAGES)
