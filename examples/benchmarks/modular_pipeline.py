@@ -113,6 +113,8 @@ class Plan:
 
     def __init__(self, cells: Cells, task: Task, setting: Setting):
         self.cells, self.task, self.setting = cells, task, setting
+        # What a saved model generates, by its folder: a size-first assembly is compared with six baselines.
+        self._predicted: dict[str, list[Any]] = {}
 
     # Trainings
 
@@ -172,6 +174,12 @@ class Plan:
 
     def _load(self, cell: dict[str, Any]) -> PreTrainedModel:
         return type(self.task.make_model()).from_pretrained(cell["folder"])
+
+    def _answers(self, cell: dict[str, Any]) -> list[Any]:
+        folder = cell["folder"]
+        if folder not in self._predicted:
+            self._predicted[folder] = self.task.predict(self._load(cell))
+        return self._predicted[folder]
 
     def full(self) -> dict[str, Any]:
         folder = self.cells.folder("full")
@@ -248,8 +256,7 @@ class Plan:
         def run() -> dict[str, Any]:
             ours = self.assembled("size-first", ratio, model=True)
             theirs = self.baseline(method, ratio, budget, model=True)
-            answers = [self.task.predict(self._load(cell)) for cell in (ours, theirs)]
-            return {"p_value": self.task.p_value(*answers)}
+            return {"p_value": self.task.p_value(self._answers(ours), self._answers(theirs))}
 
         return self.cells.run(f"compared/{method}/{ratio:g}/{budget}", run)
 
