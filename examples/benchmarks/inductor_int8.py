@@ -6,10 +6,10 @@ with dynamic shapes and compiled by Inductor with frozen weights. Every round ti
 over rounds. Beside the times it reports what a user would wait for: export, preparation and compilation, the first call
 at a length that was not met before, and loading the saved program in a new process, which compiles it again.
 
-The answer (`results/inductor_int8.json`, one thread with AVX512-VNNI): it takes 1.5 times as long as ONNX Runtime at
-1 x 128 and 1.3 to 1.4 times at 8 x 384, although it is faster than PyTorch in single precision, compiled or not; the saved
-program holds weights in single precision, and every process compiles it again, which takes longer than some thousands
-of requests. So there is no `--backend inductor`.
+The answer (`results/inductor_int8.json`, one thread with AVX512-VNNI): it takes 1.6 to 1.8 times as long as ONNX Runtime
+at 1 x 128 and 1.4 to 1.5 times at 8 x 384, although it is faster than PyTorch in single precision, compiled or not; the
+saved program holds weights in single precision, and every process compiles it again: 14 to 15 seconds with Inductor's
+cache filled by an earlier run, as long as a thousand requests. So there is no `--backend inductor`.
 
     pip install ".[torchao,demo]"
     python examples/benchmarks/inductor_int8.py
