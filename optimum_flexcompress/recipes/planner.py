@@ -38,10 +38,11 @@ _STAGES = {
     "tokens": ("adapt", "search", "pick", *_INT8["tokens"]),
 }
 # Their learning rates, as multiples of that of fine-tuning.
-_TRAINING = {"finetune": 1.0, "modular": 2.0, "distill": 1.0, "prune": 1.0, "adapt": 0.5}
+_TRAINING = {"finetune": 1.0, "modular": 2.0, "distill": 1.0, "prune": 1.0, "adapt": 1.0}
 
 FEWEST_LAYERS = 4
 LONG_INPUT = 64
+LONG_BATCH = 16
 SMALL_WIDTH = 512
 MASK_STEPS = 1000
 MUCH_FASTER = 4.0
@@ -80,21 +81,22 @@ RULES = (
     Rule(
         "layers",
         f"every stack has {FEWEST_LAYERS} layers or more (an even number in encoder-decoders), the task has labels, and "
-        "the model is no decoder",
+        f"the model is no decoder; in encoders with a largest loss, only for a target more than {MUCH_FASTER:g} times as "
+        "fast as int8 alone",
         "half of the layers: an encoder by MiniLM and logits, an encoder-decoder by modules",
-        ("quickstart.json", "modular_cmudict.json"),
+        ("quickstart.json", "modular_cmudict.json", "vib_text.json"),
     ),
     Rule(
         "width",
         "the task has labels",
-        "VIB pruning of half of what is left of the layers; of 70 % for a target more than "
-        f"{MUCH_FASTER:g} times as fast as int8 alone; of 30 % in decoders",
-        ("vib_text.json", "vib_lm.json"),
+        "VIB pruning of 70 % of the layers; of 30 % in decoders; of half of what is left where layers went, for a target "
+        f"no more than {MUCH_FASTER:g} times as fast as int8 alone",
+        ("vib_text.json", "vib_lm.json", "full_stack.json"),
     ),
     Rule(
         "tokens",
         f"the model is an encoder, the task has labels, and half of the inputs have {LONG_INPUT} tokens or more",
-        "length-adaptive training, and a search of lengths",
+        "length-adaptive training, taught by the fine-tuned model, and a search of lengths",
         ("length_imdb.json", "quala_squad.json"),
     ),
     Rule(
@@ -106,9 +108,10 @@ RULES = (
     Rule(
         "training",
         "always",
-        f"learning rate 2e-4 up to {SMALL_WIDTH} dims and 5e-5 beyond, masks for {MASK_STEPS:,} steps or more, no "
-        "dropout on attention maps, bfloat16 where the processor computes in it",
-        ("quickstart.json", "vib_text.json"),
+        f"learning rate 2e-4 up to {SMALL_WIDTH} dims and 5e-5 beyond; 5e-5, {LONG_BATCH} rows and two epochs of "
+        f"fine-tuning where tokens are dropped; masks for {MASK_STEPS:,} steps or more, no dropout on attention maps, "
+        "bfloat16 where the processor computes in it",
+        ("quickstart.json", "vib_text.json", "length_imdb.json", "quala_squad.json"),
     ),
 )
 
@@ -205,20 +208,29 @@ def decide(facts: Facts, budget: Budget, refused: Mapping[str, str] | None = Non
         Decision("int8", True, f"always; {int8}"),
         Decision("enough", enough, f"{int8}, {asked}"),
     ]
-    steps = [_layers(facts), _width(facts, speedup), _tokens(facts)]
-    for position, step in enumerate(steps):
-        if step.rule in (refused or {}):
-            steps[position] = Decision(step.rule, False, refused[step.rule])
+    refused = refused or {}
+
+    def settled(step: Decision) -> Decision:
         if enough:
-            steps[position] = Decision(step.rule, False, "int8 alone is enough")
-        if not steps[position].applies:
+            return Decision(step.rule, False, "int8 alone is enough")
+        return Decision(step.rule, False, refused[step.rule]) if step.rule in refused else step
+
+    layers = settled(_layers(facts, speedup, budget))
+    steps = [layers, settled(_width(facts, speedup, layers.applies)), settled(_tokens(facts))]
+    for position, step in enumerate(steps):
+        if not step.applies:
             skips = tuple(f"stages.{stage}.skip=true" for stage in _STAGES[step.rule])
             steps[position] = dataclasses.replace(steps[position], overrides=skips)
     taken = [step.rule for step in steps if step.applies]
     return Plan([*decisions, *steps, _worth_it(taken, budget), _training(facts, steps)], facts)
 
 
-def _layers(facts: Facts) -> Decision:
+def _long(facts: Facts) -> bool:
+    """Whether there are tokens to drop: then everything is trained as in the benchmarks with such inputs."""
+    return facts.kind == "encoder" and facts.labels and (facts.tokens or 0) >= LONG_INPUT
+
+
+def _layers(facts: Facts, speedup: float, budget: Budget) -> Decision:
     if not facts.labels:
         return Decision("layers", False, f"{facts.task} has no labels to train on")
     if facts.kind == "decoder":
@@ -226,6 +238,8 @@ def _layers(facts: Facts) -> Decision:
     if facts.layers < FEWEST_LAYERS or (facts.kind == "encoder-decoder" and not facts.even):
         return Decision("layers", False, f"the model has {facts.layers} layers")
     if facts.kind == "encoder":
+        if budget.max_drop is not None and speedup <= MUCH_FASTER:
+            return Decision("layers", False, "at the same size, VIB pruning loses less than whole layers")
         settings = ("modular.skip=true", "half.skip=true", "distill.layers=0.5")
         why = f"MiniLM and logits, into half of {facts.layers} layers"
     else:
@@ -234,29 +248,40 @@ def _layers(facts: Facts) -> Decision:
     return Decision("layers", True, why, tuple(f"stages.{setting}" for setting in settings))
 
 
-def _width(facts: Facts, speedup: float) -> Decision:
+def _width(facts: Facts, speedup: float, after_layers: bool) -> Decision:
     if not facts.labels:
         return Decision("width", False, f"{facts.task} has no labels to train on")
-    sparsity = 0.3 if facts.kind == "decoder" else 0.7 if speedup > MUCH_FASTER else 0.5
-    steps = max(4 * facts.steps_per_epoch, MASK_STEPS)
+    sparsity = 0.3 if facts.kind == "decoder" else 0.5 if after_layers and speedup <= MUCH_FASTER else 0.7
+    epochs, per_epoch = (3, facts.steps_per_epoch * 32 / LONG_BATCH) if _long(facts) else (4, facts.steps_per_epoch)
+    steps = max(epochs * per_epoch, MASK_STEPS)
+    # Epochs, which are what users set to train longer.
+    settings = [f"target_sparsity={sparsity}", f"epochs={round(steps / per_epoch, 2)}"]
+    if _long(facts):
+        settings += ["methods.distillation.temperature=4.0", "methods.distillation.task_loss_weight=0.0"]
     return Decision(
         "width",
         True,
-        f"VIB pruning of {100 * sparsity:g} % of what is left of the layers, in {steps:,} steps",
-        # Epochs, which are what users set to train longer.
-        (f"stages.prune.target_sparsity={sparsity}", f"stages.prune.epochs={round(steps / facts.steps_per_epoch, 2)}"),
+        f"VIB pruning of {100 * sparsity:g} % of {'what is left of ' if after_layers else ''}the layers, in {steps:,.0f} steps",
+        tuple(f"stages.prune.{setting}" for setting in settings),
     )
 
 
 def _tokens(facts: Facts) -> Decision:
     if facts.kind != "encoder" or not facts.labels:
         return Decision("tokens", False, f"for encoders with labels, not for {facts.task} by the {facts.kind}")
-    if facts.tokens is None or facts.tokens < LONG_INPUT:
+    if not _long(facts):
         length = (
             "inputs have one length" if facts.tokens is None else f"half of the inputs have {facts.tokens} or fewer"
         )
         return Decision("tokens", False, length)
-    settings = ("adapt.methods.length_adaptive.num_sandwich=1", "adapt.epochs=1", "search.trials=60")
+    settings = (
+        "adapt.teacher=finetune",
+        "adapt.methods.length_adaptive={num_sandwich: 1, length_drop: 0.25, layer_drop: 0.0, unit: fractions, "
+        "temperature: 4.0}",
+        "adapt.methods.distillation={temperature: 4.0, task_loss_weight: 0.0}",
+        "adapt.epochs=1",
+        "search.trials=60",
+    )
     return Decision(
         "tokens",
         True,
@@ -286,12 +311,13 @@ def _worth_it(taken: Sequence[str], budget: Budget) -> Decision:
 
 
 def _training(facts: Facts, steps: Sequence[Decision]) -> Decision:
-    rate = 2e-4 if facts.width <= SMALL_WIDTH else 5e-5
+    rate = 2e-4 if facts.width <= SMALL_WIDTH and not _long(facts) else 5e-5
     skipped = {override for step in steps for override in step.overrides if override.endswith(".skip=true")}
-    settings = []
+    settings = ["stages.finetune.epochs=2"] if _long(facts) else []
     for stage, factor in _TRAINING.items():
         if f"stages.{stage}.skip=true" not in skipped:
             settings += [f"stages.{stage}.attention_dropout=0.0", f"stages.{stage}.learning_rate={factor * rate}"]
+            settings += [f"stages.{stage}.batch_size={LONG_BATCH}"] if _long(facts) else []
             settings += [f"stages.{stage}.arguments={{bf16: true}}"] if facts.bf16 else []
     # Each of these is what is served; what lies between them is PyTorch.
     int8 = ["int8-dense", *(stage for step in steps if step.applies for stage in _INT8[step.rule])]

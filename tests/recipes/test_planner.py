@@ -54,6 +54,7 @@ ENCODER = Facts(
     forward_seconds=0.01,
     update_seconds=0.1,
 )
+SHORT = dataclasses.replace(ENCODER, tokens=20)
 DECODER = dataclasses.replace(ENCODER, task="text-generation", kind="decoder")
 BOTH = dataclasses.replace(ENCODER, task="text2text-generation", kind="encoder-decoder", layers=12)
 
@@ -78,7 +79,7 @@ def test_every_rule_names_a_benchmark_that_there_is():
             assert (BENCHMARKS / name).with_suffix(".py").is_file(), name
             # What is not there yet is said to be missing, in plans and in the documentation.
             assert (BENCHMARKS / "results" / name).is_file() == (name not in NOT_RUN), name
-    assert "width     VIB pruning" in str(plan) and "[vib_text.json, vib_lm.json]" in str(plan)
+    assert "width     VIB pruning" in str(plan) and "[vib_text.json, vib_lm.json, full_stack.json" in str(plan)
 
 
 def test_the_rules_are_in_the_documentation():
@@ -104,7 +105,7 @@ def test_the_rules_are_in_the_documentation():
             "finetune distill prune adapt search pick int8-dense int8-distill int8-prune int8-adapt int8 benchmark best",
         ),
         (
-            dataclasses.replace(ENCODER, tokens=20),
+            SHORT,
             "finetune distill prune int8-dense int8-distill int8-prune benchmark best",
         ),
         (
@@ -135,7 +136,7 @@ def test_a_step_that_its_stages_refuse_is_left_out(model_folder, data_folder, tm
     names = {"hidden_size": 30, "num_attention_heads": 3, "num_hidden_layers": 4, "vocab_size": 400}
     build("bert", "BertModel", **names).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
-    budget, overrides = Budget(), ["data.max_length=24", "stages.benchmark.threads=1"]
+    budget, overrides = Budget(), ["data.max_length=24", "stages.benchmark.threads=1", "stages.prune.align=1"]
     plan = make_plan(str(tmp_path), str(data_folder), "text-classification", budget, overrides, lambda line: None)
     found = {decision.rule: decision for decision in plan.decisions}
     assert found["width"].applies and not found["layers"].applies
@@ -177,16 +178,30 @@ def test_how_much_goes():
     assert settings(ENCODER, "prune").target_sparsity == 0.5
     assert settings(ENCODER, "prune", target_latency=6.0).target_sparsity == 0.5
     assert settings(ENCODER, "prune", target_latency=4.0).target_sparsity == 0.7
+    assert settings(ENCODER, "prune", max_drop=0.01).target_sparsity == 0.7
     assert settings(DECODER, "prune").target_sparsity == 0.3
     assert settings(ENCODER, "distill").layers == 0.5 and settings(BOTH, "half").ratio == 2
 
 
+def test_layers_go_for_a_drop_only_where_much_is_asked_for():
+    assert "distill" not in stages(ENCODER, max_drop=0.01)
+    assert "distill" not in stages(ENCODER, max_drop=0.01, target_latency=6.0)
+    assert "distill" in stages(ENCODER, max_drop=0.01, target_latency=4.0)
+    assert "distill" in stages(ENCODER, target_latency=6.0)
+    assert "half" in stages(BOTH, max_drop=0.01)
+    # Where its stages refuse, the whole model is left to prune.
+    plan = decide(ENCODER, Budget(), {"layers": "why"})
+    width = next(decision for decision in plan.decisions if decision.rule == "width")
+    assert "70 % of the layers" in width.why and "stages.prune.target_sparsity=0.7" in width.overrides
+
+
 def test_steps_that_are_not_worth_it_are_left_out_only_for_a_drop():
     assert not {"depth", "width"} & set(stages(ENCODER))
-    assert {"depth", "width"} <= set(stages(ENCODER, max_drop=0.02))
+    assert {"depth", "width"} <= set(stages(ENCODER, max_drop=0.02, target_latency=4.0))
+    assert {"depth", "width"} & set(stages(ENCODER, max_drop=0.02)) == {"width"}
     # The last step has nothing after it.
     assert {"depth", "width"} & set(stages(BOTH, max_drop=0.02)) == {"depth"}
-    assert settings(ENCODER, "depth", max_drop=0.02).max_drop == 0.02
+    assert settings(ENCODER, "width", max_drop=0.02).max_drop == 0.02
 
 
 def test_a_budget_reaches_the_choices_and_the_users_settings_win():
@@ -203,15 +218,29 @@ def test_a_budget_reaches_the_choices_and_the_users_settings_win():
 
 
 def test_how_it_is_trained():
-    assert settings(ENCODER, "finetune").learning_rate == 2e-4
-    wide = dataclasses.replace(ENCODER, width=768, bf16=False)
+    assert settings(SHORT, "finetune").learning_rate == 2e-4
+    wide = dataclasses.replace(SHORT, width=768, bf16=False)
     assert settings(wide, "finetune").learning_rate == 5e-5 and settings(wide, "finetune").arguments == {}
     for stage in ("finetune", "distill", "prune", "adapt"):
         found = settings(ENCODER, stage)
         assert found.arguments == {"bf16": True} and found.attention_dropout == 0.0
     # A thousand steps, or four epochs.
     for steps, epochs in ((100, 10), (250, 4), (400, 4)):
+        assert settings(dataclasses.replace(SHORT, steps_per_epoch=steps), "prune").epochs == epochs
+
+
+def test_how_it_is_trained_where_tokens_are_dropped():
+    for stage in ("finetune", "distill", "prune", "adapt"):
+        found = settings(ENCODER, stage)
+        assert (found.learning_rate, found.batch_size) == (5e-5, 16)
+    # A thousand steps of 16 rows, or three epochs.
+    for steps, epochs in ((100, 5), (250, 3)):
         assert settings(dataclasses.replace(ENCODER, steps_per_epoch=steps), "prune").epochs == epochs
+    assert settings(ENCODER, "finetune").epochs == 2 and settings(SHORT, "finetune").epochs == 3
+    pruned, adapted = settings(ENCODER, "prune"), settings(ENCODER, "adapt")
+    for taught in (pruned.methods["distillation"], adapted.methods["distillation"]):
+        assert (taught["temperature"], taught["task_loss_weight"]) == (4.0, 0.0)
+    assert adapted.teacher == "finetune" and adapted.methods["length_adaptive"]["layer_drop"] == 0.0
 
 
 def test_a_plan_survives_its_file():
