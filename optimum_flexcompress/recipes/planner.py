@@ -1,8 +1,7 @@
 """Plans which methods to stack for a budget: the recipe `full`, with the steps left out that do not pay.
 
 The rules are those of `RULES`, each with the benchmark of this project that it rests on (scripts under
-examples/benchmarks, which write the JSON files below examples/benchmarks/results; `NOT_RUN` are those still missing). A
-plan is nothing but settings of the recipe `full`: `--dry-run` prints the command with `--recipe full` that does the same,
+examples/benchmarks, which write the JSON files below examples/benchmarks/results). A plan is nothing but settings of the recipe `full`: `--dry-run` prints the command with `--recipe full` that does the same,
 for the budget and with the user's own settings.
 """
 
@@ -116,15 +115,6 @@ RULES = (
 )
 
 
-NOT_RUN = ("full_stack.json",)
-"""Results that rules name and that their benchmarks have still to write."""
-
-
-def cited(evidence: str) -> str:
-    """The name of a result as it is shown, which says so where there is none yet."""
-    return f"{evidence} (not run yet)" if evidence in NOT_RUN else evidence
-
-
 @dataclass(frozen=True)
 class Decision:
     """What a rule comes to.
@@ -181,7 +171,7 @@ class Plan:
             if (self.facts.busy_cores or 0.0) > BUSY
             else ""
         )
-        evidence = {rule.name: ", ".join(map(cited, rule.evidence)) for rule in RULES}
+        evidence = {rule.name: ", ".join(rule.evidence) for rule in RULES}
         return (
             "\n".join(
                 f"  {'+' if decision.applies else '-'} {decision.rule:<9} {decision.why} [{evidence[decision.rule]}]"
