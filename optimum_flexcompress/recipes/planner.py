@@ -108,7 +108,7 @@ RULES = (
         "training",
         "always",
         f"learning rate 2e-4 up to {SMALL_WIDTH} dims and 5e-5 beyond; 5e-5, {LONG_BATCH} rows and two epochs of "
-        f"fine-tuning where tokens are dropped; masks for {MASK_STEPS:,} steps or more, no dropout on attention maps, "
+        f"fine-tuning where inputs are as long as dropping tokens asks for; masks for {MASK_STEPS:,} steps or more, no dropout on attention maps, "
         "bfloat16 where the processor computes in it",
         ("quickstart.json", "vib_text.json", "length_imdb.json", "quala_squad.json"),
     ),
@@ -210,7 +210,7 @@ def decide(facts: Facts, budget: Budget, refused: Mapping[str, str] | None = Non
     for position, step in enumerate(steps):
         if not step.applies:
             skips = tuple(f"stages.{stage}.skip=true" for stage in _STAGES[step.rule])
-            steps[position] = dataclasses.replace(steps[position], overrides=skips)
+            steps[position] = dataclasses.replace(step, overrides=skips)
     taken = [step.rule for step in steps if step.applies]
     return Plan([*decisions, *steps, _worth_it(taken, budget), _training(facts, steps)], facts)
 
