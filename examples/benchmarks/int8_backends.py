@@ -210,7 +210,9 @@ def main() -> None:
     record = options.work / "options.json"
     if options.show and record.is_file():
         shared = json.loads(record.read_text(encoding="utf-8"))
-    cells = Cells(options.work, shared, options.threads)
+    elif options.show and options.output.is_file():
+        shared = json.loads(options.output.read_text(encoding="utf-8"))["options"]
+    cells = Cells(options.work, shared, options.threads, options.output if options.show else None)
     if not options.show:
         if options.sst2 is None:
             parser.error("give the folder of SST-2 with --sst2")
