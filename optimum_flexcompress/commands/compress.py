@@ -272,7 +272,8 @@ that comes nearest, and the exit code is not 0.
 
     def _by_hand(self, recipe: Recipe, overrides: list[str]) -> str:
         """The command that runs a plan as the recipe that it is made of."""
-        from optimum_flexcompress.recipes.planner import RECIPE, Plan
+        from optimum_flexcompress.recipes.planner import RECIPE
+        from optimum_flexcompress.recipes.rules import Plan
 
         args = self.args
         # A folder that is there may hold the run of a plan, which another recipe does not go on with.

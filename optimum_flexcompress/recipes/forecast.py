@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 MINILM_OVERHEAD, MASK_OVERHEAD = 1.23, 1.5
 # Of the full model's cost, for configurations as a search scores them.
 MEAN_COST = 0.6
+# Rows of a step in the training stages, unless they say something else.
+STEP_ROWS = 32
 # Opening and measuring the memory of a model, in seconds.
 PER_MODEL = 15.0
 _DRAWN, _TIMED_TOKENS, _MOST_ROWS = 256, 1024, 8
@@ -58,7 +60,7 @@ class Facts:
         trained: Whether the model seems to be fine-tuned already.
         rows: Rows to train on, windows of long inputs counted one by one.
         eval_rows: Rows to evaluate on.
-        steps_per_epoch: Optimizer steps in a pass over the training rows, 32 at a time.
+        steps_per_epoch: Optimizer steps in a pass over the training rows, `STEP_ROWS` at a time.
         tokens: The median of an input; None for images.
         bf16: Whether the processor computes in bfloat16.
         shape: What latencies are of, such as `1x128`: batch x tokens.
@@ -150,7 +152,7 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
         and (names is None or skeleton.config.num_labels == len(names)),
         rows=count,
         eval_rows=max(1, round(eval_rows * per_example)),
-        steps_per_epoch=-(-count // 32),
+        steps_per_epoch=-(-count // STEP_ROWS),
         tokens=None if sizes is None else int(np.median(sizes)),
         bf16=bf16,
         busy_cores=busy_cores(),

@@ -15,15 +15,8 @@ from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.recipes import load_recipe
 from optimum_flexcompress.recipes.budget import Budget
 from optimum_flexcompress.recipes.forecast import MASK_OVERHEAD, MINILM_OVERHEAD, Facts, forecast
-from optimum_flexcompress.recipes.planner import (
-    RULES,
-    Plan,
-    decide,
-    earlier_plan,
-    make_plan,
-    planned_recipe,
-    time_table,
-)
+from optimum_flexcompress.recipes.planner import earlier_plan, make_plan, planned_recipe, time_table
+from optimum_flexcompress.recipes.rules import RULES, Plan, decide
 from optimum_flexcompress.recipes.stages.choice import ChooseSettings, choose, front_of
 from optimum_flexcompress.search import Front
 from optimum_flexcompress.search.front import Point, pareto
