@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ from optimum_flexcompress.methods.modular import STRATEGIES, Assembly, Piece
 from optimum_flexcompress.structure import count_parameters
 
 
-PARTS = ("ours", "baselines", "latency")
+PARTS = ("ours", "unfrozen", "baselines", "latency")
 RATIOS = (1.1, 1.5, 2.0, 3.0, 4.0, 6.0)
 BASELINE_RATIOS = (1.5, 3.0, 6.0)
 # What size-first would be with the modules above the layers that are kept; only some ratios keep any.
 UPSIDE_DOWN, UPSIDE_DOWN_RATIOS = "modules on top", (1.1, 1.5)
+# A second modular training, of all weights instead of the modules alone, as the baselines train all theirs.
+UNFROZEN = "size-first, all weights"
 BASELINES = ("truncate", "distil", "theseus")
 BUDGETS = ("each", "shared")
 # What differs on the test set by chance as easily as that is a tie.
@@ -192,26 +195,26 @@ class Plan:
 
         return self.cells.run("full", run, model=True)
 
-    def modular(self) -> dict[str, Any]:
-        folder = self.cells.folder("modular")
+    def modular(self, freeze: bool = True) -> dict[str, Any]:
+        name = "modular" if freeze else "modular, all weights"
+        folder = self.cells.folder(name)
 
         def run() -> dict[str, Any]:
-            model = self._load(self.full())
-            seconds = self._train(model, folder, self.setting.steps, self.setting.rate, [ModularConfig()])
+            model, config = self._load(self.full()), ModularConfig(freeze_originals=freeze)
+            seconds = self._train(model, folder, self.setting.steps, self.setting.rate, [config])
             return {"seconds": seconds, "folder": str(folder)}
 
-        return self.cells.run("modular", run, model=True)
+        return self.cells.run(name, run, model=True)
 
     def assembled(self, strategy: str, ratio: float, model: bool = False) -> dict[str, Any]:
         """The cell of an assembly; with `model`, the model is there, too."""
         name = f"assembled/{strategy}/{ratio:g}"
 
         def run() -> dict[str, Any]:
-            model = ModularModel.from_pretrained(self.modular()["folder"])
+            model = ModularModel.from_pretrained(self.modular(freeze=strategy != UNFROZEN)["folder"])
+            assembly = model.choose(strategy if strategy in STRATEGIES else "size-first", ratio)
             if strategy == UPSIDE_DOWN:
-                assembly = upside_down(model.choose("size-first", ratio))
-            else:
-                assembly = model.choose(strategy, ratio)
+                assembly = upside_down(assembly)
             folder = self.cells.folder(name)
             facts = {"folder": str(folder), "assembly": assembly.to_dict(), "ratio": assembly.ratio}
             return self._finish(model.assemble(assembly), folder, **facts)
@@ -248,17 +251,17 @@ class Plan:
         shutil.rmtree(between)
         return self._finish(small, folder, seconds=seconds, steps=steps, folder=str(folder))
 
-    def compared(self, method: str, ratio: float, budget: str) -> dict[str, Any] | None:
-        """The cell of a baseline beside the size-first assembly; `None` where the method cannot have the ratio."""
+    def compared(self, method: str, ratio: float, budget: str, strategy: str = "size-first") -> dict[str, Any] | None:
+        """The cell of a baseline beside an assembly; `None` where the method cannot have the ratio."""
         if not possible(method, ratio):
             return None
 
         def run() -> dict[str, Any]:
-            ours = self.assembled("size-first", ratio, model=True)
+            ours = self.assembled(strategy, ratio, model=True)
             theirs = self.baseline(method, ratio, budget, model=True)
             return {"p_value": self.task.p_value(self._answers(ours), self._answers(theirs))}
 
-        return self.cells.run(f"compared/{method}/{ratio:g}/{budget}", run)
+        return self.cells.run(comparison(method, ratio, budget, strategy), run)
 
     def folders(self) -> dict[str, Path]:
         """The full model and all assembled ones."""
@@ -287,8 +290,13 @@ def _stacks(model: PreTrainedModel) -> list[Any]:
 
 
 def orders(ratio: float) -> tuple[str, ...]:
-    """The assemblies of a ratio."""
+    """The assemblies of a ratio, from the modules that were trained alone."""
     return (*STRATEGIES, *([UPSIDE_DOWN] if ratio in UPSIDE_DOWN_RATIOS else []))
+
+
+def comparison(method: str, ratio: float, budget: str, strategy: str) -> str:
+    """The name of the cell that compares a baseline with an assembly."""
+    return f"compared{' unfrozen' if strategy == UNFROZEN else ''}/{method}/{ratio:g}/{budget}"
 
 
 def possible(method: str, ratio: float) -> bool:
@@ -368,13 +376,27 @@ def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
             for strategy in orders(ratio):
                 plan.assembled(strategy, ratio)
                 write()
+    if "unfrozen" in parts:
+        for ratio in RATIOS:
+            plan.assembled(UNFROZEN, ratio)
+            for method, budget in product(BASELINES, BUDGETS):
+                compare(plan, method, ratio, budget)
+            write()
     if "baselines" in parts:
         for budget in reversed(BUDGETS):
             for ratio in BASELINE_RATIOS:
                 for method in BASELINES:
                     plan.baseline(method, ratio, budget)
-                    plan.compared(method, ratio, budget)
+                    compare(plan, method, ratio, budget)
                     write()
+
+
+def compare(plan: Plan, method: str, ratio: float, budget: str) -> None:
+    """Compares a baseline with the assemblies of its ratio, where the models of both are there."""
+    for strategy in ("size-first", UNFROZEN):
+        names = (f"assembled/{strategy}/{ratio:g}", f"{method}/{ratio:g}/{budget}")
+        if all(plan.cells.has_model(name) for name in names):
+            plan.compared(method, ratio, budget, strategy)
 
 
 def table(plan: Plan, script: str) -> tuple[list[str], list[list[str]], list[str]]:
@@ -402,6 +424,8 @@ def table(plan: Plan, script: str) -> tuple[list[str], list[list[str]], list[str
         for strategy in orders(ratio):
             cell = plan.cells.get(f"assembled/{strategy}/{ratio:g}")
             add(f"{ratio:g}", f"modular, {strategy}", plan.setting.steps, cell, "ours")
+        cell = plan.cells.get(f"assembled/{UNFROZEN}/{ratio:g}")
+        add(f"{ratio:g}", f"modular, {UNFROZEN}", plan.setting.steps, cell, "unfrozen")
         for method in BASELINES if ratio in BASELINE_RATIOS else ():
             for budget in BUDGETS if possible(method, ratio) else ():
                 steps = plan.setting.steps if budget == "each" else plan.setting.steps // len(BASELINE_RATIOS)
@@ -411,32 +435,37 @@ def table(plan: Plan, script: str) -> tuple[list[str], list[list[str]], list[str
 
 def verdicts(plan: Plan) -> list[str]:
     """How the size-first assemblies stand against the best baseline of each budget."""
-    lines = []
-    for ratio in BASELINE_RATIOS:
-        ours = plan.cells.get(f"assembled/size-first/{ratio:g}")
-        for budget in BUDGETS:
-            cells = {
-                method: cell
-                for method in BASELINES
-                if (cell := plan.cells.get(f"{method}/{ratio:g}/{budget}")) is not None
-            }
-            if ours is None or not cells:
-                continue
-            name = next(iter(plan.task.metrics))
-            sign = -1 if plan.task.lower_is_better else 1
-            best = max(cells, key=lambda method: sign * cells[method][name])
-            change = sign * (ours[name] - cells[best][name])
-            against = plan.cells.get(f"compared/{best}/{ratio:g}/{budget}")
-            chance = f", p = {against['p_value']:.3f}" if against else ""
-            if change == 0 or (against and against["p_value"] >= SIGNIFICANT):
-                word = "ties"
-            else:
-                word = "wins" if change > 0 else "loses"
-            lines.append(
-                f"{ratio:g}x, steps {budget}: modular {word}, {name} {ours[name]:.2f} against {cells[best][name]:.2f} "
-                f"of {TITLES[best]}{chance}"
-            )
-    return lines
+    found = [
+        verdict(plan, ratio, budget, strategy)
+        for strategy in ("size-first", UNFROZEN)
+        for ratio in BASELINE_RATIOS
+        for budget in BUDGETS
+    ]
+    return [line for line in found if line is not None]
+
+
+def verdict(plan: Plan, ratio: float, budget: str, strategy: str) -> str | None:
+    """How an assembly stands against the best baseline; `None` where one of them is missing."""
+    ours = plan.cells.get(f"assembled/{strategy}/{ratio:g}")
+    cells = {
+        method: cell for method in BASELINES if (cell := plan.cells.get(f"{method}/{ratio:g}/{budget}")) is not None
+    }
+    if ours is None or not cells:
+        return None
+    name = next(iter(plan.task.metrics))
+    sign = -1 if plan.task.lower_is_better else 1
+    best = max(cells, key=lambda method: sign * cells[method][name])
+    change = sign * (ours[name] - cells[best][name])
+    against = plan.cells.get(comparison(best, ratio, budget, strategy))
+    chance = f", p = {against['p_value']:.3f}" if against else ""
+    if change == 0 or (against and against["p_value"] >= SIGNIFICANT):
+        word = "ties"
+    else:
+        word = "wins" if change > 0 else "loses"
+    return (
+        f"{ratio:g}x, steps {budget}: modular, {strategy}, {word}, {name} {ours[name]:.2f} against "
+        f"{cells[best][name]:.2f} of {TITLES[best]}{chance}"
+    )
 
 
 def draw(plan: Plan, folder: Path, name: str) -> None:
@@ -453,6 +482,9 @@ def draw(plan: Plan, folder: Path, name: str) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for (strategy, ratio), cell in assembled.items():
         lines.setdefault(f"modular, {strategy}", [(1.0, full[metric])]).append((ratio, cell[metric]))
+    for ratio in RATIOS:
+        if cell := cells.get(f"assembled/{UNFROZEN}/{ratio:g}"):
+            lines.setdefault(f"modular, {UNFROZEN}", []).append((ratio, cell[metric]))
     for method in BASELINES:
         for ratio in BASELINE_RATIOS:
             if cell := cells.get(f"{method}/{ratio:g}/shared"):
