@@ -113,11 +113,17 @@ def _split_of(name: str) -> str | None:
 
 
 def _with_usual_names(data: DatasetDict) -> DatasetDict:
-    renamed = DatasetDict()
-    for name, split in data.items():
-        usual = next((usual for usual, names in SPLIT_NAMES.items() if name.lower() in names), name)
-        renamed[name if usual in data else usual] = split
-    return renamed
+    """Calls `dev` or, where there is nothing closer, `validation_matched` `validation`; the first one of its kind."""
+    exact = {
+        usual: next((name for name in data if name.lower() in (usual, *names)), None)
+        for usual, names in SPLIT_NAMES.items()
+    }
+    usual_names: dict[str, str] = {}
+    for usual, name in exact.items():
+        name = name or next((name for name in data if _split_of(name) == usual), None)
+        if name is not None:
+            usual_names[name] = usual
+    return DatasetDict({usual_names.get(name, name): split for name, split in data.items()})
 
 
 def is_hub_dataset(spec: str | os.PathLike) -> bool:

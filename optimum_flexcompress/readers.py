@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+import pyarrow
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 
 from .errors import FlexCompressError
 
@@ -66,6 +68,8 @@ def read_file(path: str | Path) -> Dataset:
         raise FlexCompressError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8 first.") from error
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
         raise FlexCompressError(f"{path} cannot be unpacked ({error}): it is damaged, fetch it again.") from error
+    except (pyarrow.ArrowException, DatasetGenerationError) as error:
+        raise FlexCompressError(f"{path} cannot be read: it is damaged or no Parquet file; write it again.") from error
     except OSError as error:
         raise FlexCompressError(f"{path} cannot be read: {error.strerror or error}.") from error
     if len(data) == 0:

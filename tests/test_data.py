@@ -216,11 +216,27 @@ def test_folder_without_data(tmp_path):
         load_data(tmp_path)
 
 
+def test_a_damaged_parquet_file(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(FlexCompressError, match="damaged or no Parquet file"):
+        load_data(tmp_path / "train.parquet")
+
+
 def test_two_files_for_one_split(tmp_path):
     write(tmp_path / "dev.csv", "a\n1\n")
     write(tmp_path / "val.csv", "a\n1\n")
     with pytest.raises(FlexCompressError, match="two files for the split 'validation'"):
         load_data(tmp_path)
+
+
+def test_splits_get_their_usual_names():
+    one = Dataset.from_dict({"a": [1]})
+    names = ["train_sft", "validation_matched", "validation_mismatched", "test_matched", "unsupervised"]
+    loaded = load_data(DatasetDict(dict.fromkeys(names, one)))
+    assert list(loaded) == ["train", "validation", "validation_mismatched", "test", "unsupervised"]
+    # The exact name goes before one that only begins like it.
+    loaded = load_data(DatasetDict(dict.fromkeys(("Train", "test_hard", "testing", "dev", "val_extra"), one)))
+    assert list(loaded) == ["train", "test_hard", "test", "validation", "val_extra"]
 
 
 def test_select_split():

@@ -231,7 +231,7 @@ that comes nearest, and the exit code is not 0.
         print(f"this-machine: {describe_environment(environment_info())}")
         plan = None
         if args.output is not None and not args.overwrite:
-            plan = earlier_plan(args.output, args.model, args.dataset, args.task)
+            plan = earlier_plan(args.output, args.model, args.dataset, args.task, budget, overrides)
         if plan is not None:
             print(f"Going on by the plan of the earlier run in {args.output} (--overwrite plans and runs anew):")
         else:

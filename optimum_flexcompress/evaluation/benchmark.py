@@ -20,7 +20,7 @@ from ..errors import FlexCompressError, MissingExtraError
 from ..output import atomic_folder, check_output_folder
 from ..tasks import get_task, infer_task
 from ..tasks.base import Prepared, Task
-from ..tasks.labels import names_of_model
+from ..tasks.labels import class_column, names_of_model, without_unlabelled
 from .artifact import Artifact
 from .compare import compare_predictions
 from .cost import count_macs, count_parameters, file_size, skeleton
@@ -119,6 +119,7 @@ def run_benchmark(
     if output is not None:
         check_report_folder(output, html=html, overwrite=overwrite)
     check_shapes(batch_sizes, lengths, rounds)
+    check_amounts(stream_rows, max_seconds, eval_batch_size)
     if sentence is not None and not isinstance(sentence, str) and len(sentence) not in (1, 2):
         raise FlexCompressError(f"sentence is {len(sentence)} texts: give one, or two for a task that reads pairs.")
     paths, baseline = name_models(folders, baseline)
@@ -128,7 +129,7 @@ def run_benchmark(
         pythons = {name: lanes.interpreter_for(path) for name, path in paths.items()}
         artifacts = {name: lanes.open(path, task) for name, path in paths.items()}
         loaded = load_data(data)
-        split = select_split(loaded, split)
+        split = _labelled_split(task, loaded, columns) if split is None else select_split(loaded, split)
         evaluated = take(loaded[split], max_samples)
         prepared = _prepare(artifacts[baseline], task, loaded, split, evaluated, columns, max_length)
         check_same_inputs(artifacts, baseline)
@@ -242,6 +243,29 @@ def check_shapes(batch_sizes: Sequence[int], lengths: Sequence[int] | None, roun
             raise FlexCompressError(f"{name} must be one or more positive numbers, not {list(values)}.")
     if rounds < 3:
         raise FlexCompressError(f"{rounds} rounds give no median and spread: ask for at least 3.")
+
+
+def check_amounts(stream_rows: int, max_seconds: float, eval_batch_size: int) -> None:
+    """Raises FlexCompressError for what would fail only after models have been evaluated."""
+    if stream_rows < 0:
+        raise FlexCompressError(f"stream_rows must be at least 0, not {stream_rows}.")
+    if not max_seconds > 0:
+        raise FlexCompressError(f"max_seconds must be more than 0, not {max_seconds}.")
+    if eval_batch_size < 1:
+        raise FlexCompressError(f"eval_batch_size must be at least 1, not {eval_batch_size}.")
+
+
+def _labelled_split(task: Task, data: DatasetDict, columns: Mapping[str, str] | None) -> str:
+    """The split to report on, among those with labels."""
+    column = class_column(task.find_columns(data, columns))
+    labelled = data if column is None else without_unlabelled(data, column)
+    name = select_split(labelled)
+    if name == "train" and len(labelled) < len(data):
+        raise FlexCompressError(
+            "No split but train has labels: give labelled examples that the models were not trained on, or say "
+            'split="train" (--split train) to measure on these all the same.'
+        )
+    return name
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 
+# What an output folder of `compress` holds at its top.
+RUN_FILE = "run.json"
 _BLOCK = 1 << 20
 
 
@@ -19,13 +21,18 @@ def digest(value: Any) -> str:
 def fingerprint(source: str | Path) -> str:
     """Identifies a model or a data set: by content where it is a file or a folder, else by its Hub id.
 
-    Sub-folders count too, hidden files and folders do not.
+    Sub-folders count too, but for what `compress` has written into them. Hidden files and folders do not.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return digest({path.name: _file_digest(path)})
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+        runs = {run.parent for run in path.rglob(RUN_FILE)} - {path}
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file() and not _hidden(file.relative_to(path)) and runs.isdisjoint(file.parents)
+        )
         return digest({file.relative_to(path).as_posix(): _file_digest(file) for file in files})
     return digest({"hub": str(source)})
 

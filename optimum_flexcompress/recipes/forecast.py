@@ -29,6 +29,7 @@ from .stages import INPUT, StageSpec
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
     from ..tasks import Task
@@ -42,7 +43,7 @@ MEAN_COST = 0.6
 STEP_ROWS = 32
 # Opening and measuring the memory of a model, in seconds.
 PER_MODEL = 15.0
-_DRAWN, _TIMED_TOKENS, _MOST_ROWS = 256, 1024, 8
+_DRAWN, _TIMED_TOKENS, _MOST_ROWS, _LABELLED = 256, 1024, 8, 4096
 _QUANTILES = (1 / 6, 1 / 2, 5 / 6)
 
 
@@ -111,7 +112,7 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
     from ..evaluation.artifact import LABELS
     from ..evaluation.environment import busy_cores
     from .inputs import no_progress_bars
-    from .stages.training import ATTENTION_DROPOUT, has_head
+    from .stages.training import ATTENTION_DROPOUT, has_head, head_fits, load_config
 
     if "train" not in inputs.data:
         raise FlexCompressError("the data set has no training split, which every compression needs: give one with it.")
@@ -120,13 +121,12 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
     train = inputs.data["train"]
     drawn = take(train, _DRAWN, recipe.seed)
     length = min(recipe.data.max_length or task.default_max_length, getattr(processor, "model_max_length", 1 << 30))
+    config, settings = load_config(model), {"max_length": length, "columns": recipe.data.columns}
     with no_progress_bars():
-        prepared = task.prepare(
-            DatasetDict(train=drawn),
-            processor,
-            max_length=length,
-            columns=recipe.data.columns,
-            label_names=inputs.label_names,
+        prepared = task.prepare(DatasetDict(train=drawn), processor, label_names=inputs.label_names, **settings)
+        shown = DatasetDict(train=_showing_all_labels(task, train, recipe))
+        trained = has_head(task.auto_class, config) and head_fits(
+            config, lambda: task.prepare(shown, processor, model=config, **settings)
         )
     rows = prepared.dataset["train"]
     sizes = np.sort([len(ids) for ids in rows["input_ids"]]) if "input_ids" in rows.column_names else None
@@ -140,7 +140,6 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
     kind = "encoder-decoder" if len(view.stacks) > 1 else "decoder" if causal else "encoder"
     count = max(1, round(len(train) * per_example))
     eval_rows = len(inputs.data[select_split(inputs.data)])
-    names = inputs.label_names
     return Facts(
         task=task.name,
         kind=kind,
@@ -148,8 +147,7 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
         even=all(len(stack.layers) % 2 == 0 for stack in view.stacks.values()),
         width=view.hidden_size,
         labels=labels,
-        trained=has_head(task.auto_class, skeleton.config)
-        and (names is None or skeleton.config.num_labels == len(names)),
+        trained=trained,
         rows=count,
         eval_rows=max(1, round(eval_rows * per_example)),
         steps_per_epoch=-(-count // STEP_ROWS),
@@ -159,6 +157,23 @@ def look(recipe: Recipe, model: str, task: Task, inputs: Inputs, skeleton: PreTr
         **_time_int8(recipe, loaded, task, length),
         **_time_training(loaded, prepared, bf16, labels),
     )
+
+
+def _showing_all_labels(task: Task, rows: Dataset, recipe: Recipe) -> Dataset:
+    """A few rows among which every class is."""
+    from ..tasks.labels import class_column, flatten
+
+    column = class_column(task.find_columns({"train": rows}, recipe.data.columns))
+    if column is None:
+        return rows.select(range(min(_MOST_ROWS, len(rows))))
+    seen: set[Any] = set()
+    chosen = []
+    for row, value in enumerate(rows[column]):
+        new = set(flatten([value])) - seen
+        if new and len(chosen) < _LABELLED:
+            chosen.append(row)
+            seen |= new
+    return rows.select(chosen)
 
 
 def _time_int8(recipe: Recipe, model: PreTrainedModel, task: Task, length: int) -> dict[str, Any]:

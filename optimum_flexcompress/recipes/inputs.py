@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # Rows of each split that are prepared on trial.
 _TRIAL = 8
-# The tasks' column roles that hold classes.
-_CLASS_ROLES = ("label", "tags")
 
 
 @dataclass
@@ -66,16 +64,21 @@ def open_data(
     """
     from datasets import DatasetDict
 
-    from ..data import load_data, take
+    from ..data import load_data, select_split, take
+    from ..tasks.labels import LabelMap, class_column, without_unlabelled
 
     data = load_data(dataset)
-    columns = task.find_columns(data, settings.columns)
-    names = _label_names(data, columns)
-    if list(data) == ["train"]:
+    column, names = class_column(task.find_columns(data, settings.columns)), None
+    if column is not None:
+        every, data = data, without_unlabelled(data, column)
+        for name in every.keys() - data.keys():
+            say(f"the split {name} of {dataset} has no labels and is left out")
+        names = LabelMap(data, column).names
+    if "train" in data and select_split(data) == "train":
         if len(data["train"]) < 2:
             raise FlexCompressError(f"{dataset} has a single example: give a data set to train and evaluate on.")
         parts = data["train"].train_test_split(test_size=settings.test_fraction, seed=seed)
-        data = DatasetDict({"train": parts["train"], "test": parts["test"]})
+        data = DatasetDict({**data, "train": parts["train"], "test": parts["test"]})
         say(f"{dataset} has no split to evaluate on: {len(data['test'])} of its examples are held out for it")
     apart = None
     if held_out:
@@ -110,13 +113,6 @@ def _hold_out(
         )
     say(f"{count} of the {len(train)} training examples are held out: no stage trains on them")
     return hold_out(train, count, seed)
-
-
-def _label_names(data: DatasetDict, columns: dict[str, str]) -> list[str] | None:
-    from ..tasks.labels import LabelMap, without_unlabelled
-
-    column = next((columns[role] for role in _CLASS_ROLES if role in columns), None)
-    return None if column is None else LabelMap(without_unlabelled(data, column), column).names
 
 
 def check_model_and_data(task: Task, model: str, inputs: Inputs, settings: DataSettings) -> PreTrainedModel:

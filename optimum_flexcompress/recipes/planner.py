@@ -112,18 +112,27 @@ def measure(
 
 
 def earlier_plan(
-    output: str | Path, model: str, dataset: str, task: str, say: Callable[[str], None] = print
+    output: str | Path,
+    model: str,
+    dataset: str,
+    task: str,
+    budget: Budget,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = print,
 ) -> Plan | None:
     """The plan of an earlier run in a folder, if it was one for the same model, data and task, however spelt.
 
     A run goes on by the plan that it was begun with: latencies measured anew might come out differently, and what is
-    trained is not trained again for another budget.
+    trained is not trained again for another budget. A target that is faster than what was planned for is the exception:
+    more has to be compressed for it.
 
     Args:
         output: The folder.
         model: Folder or Hub id.
         dataset: Anything that [`load_data`] takes.
         task: Name of a task.
+        budget: What is asked for now.
+        overrides: The user's own settings.
         say: Receives a line where the plan was made for something else.
 
     Raises:
@@ -136,6 +145,14 @@ def earlier_plan(
     if not plan:
         return None
     changes = _changes(run, model, dataset, get_task(task).name)
+    if run["recipe"]["data"] != load_recipe(RECIPE, overrides).to_dict()["data"]:
+        changes.append("choice of rows or columns (data)")
+    before, now = plan["budget"]["target_latency"], budget.target_latency
+    # Nothing was compressed where int8 alone was fast enough.
+    enough = any(decision["rule"] == "enough" and decision["applies"] for decision in plan["decisions"])
+    faster = enough if now is None else before is not None and now < before
+    if faster and budget.name is None:
+        changes.append(f"target latency ({before:g} ms)")
     if changes:
         say(
             f"{output} holds a run of another {' and another '.join(changes)}: planning anew; stages that do not fit "

@@ -24,11 +24,10 @@ from filelock import FileLock, Timeout
 
 from ..errors import FlexCompressError
 from ..output import atomic_folder, check_output_folder, write_text_atomically
-from .fingerprint import file_sizes
+from .fingerprint import RUN_FILE, file_sizes
 
 
 MANIFEST = "stage.json"
-RUN_FILE = "run.json"
 CARD = "README.md"
 # What a stage that was interrupted can go on from, in its scratch folder: a checkpoint, the scores of a search.
 PROGRESS = ("checkpoint-*/trainer_state.json", "search/search.db")

@@ -18,7 +18,7 @@ from ..errors import FlexCompressError
 from ..evaluation.artifact import LABELS, Artifact
 from ..evaluation.evaluate import by_length, evaluate_artifact
 from ..tasks.base import Prepared, Task
-from ..tasks.labels import LabelMap, names_of_model, without_unlabelled
+from ..tasks.labels import LabelMap, class_column, names_of_model, without_unlabelled
 
 
 SPLIT = "validation"
@@ -26,7 +26,6 @@ SPLIT = "validation"
 LOSS = "loss"
 _IGNORED = -100
 _LOWER = ("wer", "perplexity", "mse", "mae")
-_CLASS_ROLES = ("label", "tags")
 
 
 def hold_out(data: Dataset, samples: int, seed: int = 42) -> tuple[Dataset, Dataset]:
@@ -219,6 +218,5 @@ def _split(data: DatasetDict, split: str | None) -> str:
 
 def _label_names(data: DatasetDict, task: Task, columns: Mapping[str, str] | None) -> list[str] | None:
     """The classes of the whole data set, of which a few examples may not show all."""
-    chosen = task.find_columns(data, columns)
-    column = next((chosen[role] for role in _CLASS_ROLES if role in chosen), None)
+    column = class_column(task.find_columns(data, columns))
     return None if column is None else LabelMap(without_unlabelled(data, column), column).names

@@ -173,7 +173,7 @@ class Task:
         """Which column plays which role.
 
         Args:
-            data: The splits; the first one is looked at.
+            data: The splits; the training split is looked at, else the first one.
             columns: The user's own choices, `{role: column name}`.
 
         Returns:
@@ -182,7 +182,8 @@ class Task:
         Raises:
             FlexCompressError: A required column is missing, or `columns` names something that does not exist.
         """
-        found = list(next(iter(data.values())).column_names)
+        # Those of a test split without labels are not all of them.
+        found = list((data["train"] if "train" in data else next(iter(data.values()))).column_names)
         columns = dict(columns or {})
         roles = [column.role for column in self.columns]
         for role, name in columns.items():
@@ -241,7 +242,14 @@ def load_pretrained(cls: Any, path: str | os.PathLike, **kwargs: Any) -> Any:
             f"The weights in {path} do not have the sizes asked for; if only the head differs (another number of "
             "labels), pass ignore_mismatched_sizes=True to start with a new head."
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # What Transformers raises for a folder without the files of a tokenizer.
+        if isinstance(error, TypeError) and what != "tokenizer":
+            raise
+        if isinstance(error, TypeError):
+            raise FlexCompressError(
+                f"No tokenizer can be loaded from {path}: save it beside the model (tokenizer.save_pretrained)."
+            ) from error
         reason = first_line(error)
         if not folder.is_dir() and isinstance(error, OSError):
             raise FlexCompressError(
@@ -294,8 +302,13 @@ def texts(dataset: Dataset, column: str) -> list[str]:
     """A column of texts, checked.
 
     Raises:
-        FlexCompressError: A row holds something else.
+        FlexCompressError: There is no such column, or a row holds something else.
     """
+    if column not in dataset.column_names:
+        raise FlexCompressError(
+            f"A split has no column {column!r}, which the others have; it has {', '.join(dataset.column_names)}: give all "
+            "splits the same columns."
+        )
     values = list(dataset[column])
     for row, value in enumerate(values):
         if not isinstance(value, str):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import ClassLabel, DatasetDict
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import FlexCompressError, nearest
+
+
+# The tasks' column roles that hold classes.
+CLASS_ROLES = ("label", "tags")
 
 
 def model_config(model: PreTrainedModel | PretrainedConfig | None) -> PretrainedConfig | None:
@@ -70,7 +74,7 @@ class LabelMap:
         self.column = column
         first = data["train"] if "train" in data else next(iter(data.values()))
         declared = names_of_feature(first.features[column])
-        present = {item for item in flatten(first[column]) if item is not None and item != -1}
+        present = {item for item in flatten(first[column]) if _is_label(item)}
         own = declared or _sorted_names(present)
         asked = [str(name) for name in label_names] if label_names is not None else None
         wanted = asked or names_of_model(model)
@@ -114,7 +118,7 @@ class LabelMap:
         Raises:
             FlexCompressError: It is not one of the classes.
         """
-        if value is None:
+        if value is None or value == "":
             raise FlexCompressError(f"Column {self.column!r} has a row without a label: remove such rows.")
         found = self._ids.get(value, self._ids.get(str(value)))
         if found is None:
@@ -122,6 +126,16 @@ class LabelMap:
             hint = nearest(str(value), names) if isinstance(value, str) else f" Known: {', '.join(names)}."
             raise FlexCompressError(f"Column {self.column!r} has the label {value!r}, which is not a class.{hint}")
         return found
+
+
+def _is_label(item: Any) -> bool:
+    # The Hub writes -1 where there is none, a table nothing.
+    return item is not None and item != -1 and item != ""
+
+
+def class_column(columns: Mapping[str, str]) -> str | None:
+    """The column that holds classes, of what [`Task.find_columns`] found; None for tasks without."""
+    return next((columns[role] for role in CLASS_ROLES if role in columns), None)
 
 
 def _sorted_names(present: set[Any]) -> list[str]:
@@ -141,7 +155,7 @@ def without_unlabelled(data: DatasetDict, column: str) -> DatasetDict:
         {
             name: split
             for name, split in data.items()
-            if column in split.column_names and any(item is not None and item != -1 for item in flatten(split[column]))
+            if column in split.column_names and any(map(_is_label, flatten(split[column])))
         }
     )
     if not labelled:

@@ -31,6 +31,15 @@ class TextClassification(Task):
         Column("label", ("label", "labels", "category", "intent", "class", "target", "score", "stars", "rating")),
     )
 
+    def find_columns(self, data: DatasetDict, columns: Mapping[str, str] | None = None) -> dict[str, str]:
+        """See [`Task.find_columns`]. `question` and `sentence` beside each other are a pair, as in QNLI."""
+        chosen = super().find_columns(data, columns)
+        names = (data["train"] if "train" in data else next(iter(data.values()))).column_names
+        free = not {"text", "text_pair"} & set(columns or {}) and "text_pair" not in chosen
+        if free and chosen["text"] == "sentence" and "question" in names:
+            chosen |= {"text": "question", "text_pair": "sentence"}
+        return chosen
+
     def prepare(
         self,
         data: DatasetDict,

@@ -221,8 +221,9 @@ def test_mistakes_come_before_the_work(classifiers, rows, tmp_path, monkeypatch)
         FlexCompressError, match="at most 64 tokens: 100 is too long to be measured, give --lengths 64"
     ):
         run(lengths=[8, 100])
-    with pytest.raises(FlexCompressError, match="threads must be at least 1"):
-        run(threads=0)
+    for name, value in (("threads", 0), ("eval_batch_size", 0), ("stream_rows", -1), ("max_seconds", float("nan"))):
+        with pytest.raises(FlexCompressError, match=f"{name} must be"):
+            run(**{name: value})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(FlexCompressError, match="not empty"):
@@ -242,5 +243,10 @@ def test_models_that_cannot_be_compared(classifiers, rows, tmp_path):
     with pytest.raises(FlexCompressError, match="has other classes"):
         run_benchmark([tmp_path / "order"], classifiers / "teacher", data=rows, **QUICK)
     unlabelled = splits(train={"text": ["good"], "label": ["a"]}, test={"text": ["bad"], "label": [""]})
-    with pytest.raises(FlexCompressError, match="not a class"):
+    with pytest.raises(FlexCompressError, match="No split but train has labels"):
         run_benchmark([classifiers / "teacher"], data=unlabelled, **QUICK)
+    with pytest.raises(FlexCompressError, match="No row has a label"):
+        run_benchmark([classifiers / "teacher"], data=unlabelled, **{**QUICK, "split": "test"})
+    unknown = splits(train={"text": ["good"], "label": ["a"]}, test={"text": ["bad"], "label": ["z"]})
+    with pytest.raises(FlexCompressError, match="not a class"):
+        run_benchmark([classifiers / "teacher"], data=unknown, **QUICK)

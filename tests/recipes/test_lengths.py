@@ -285,6 +285,22 @@ class TestHoldingOut:
         # At most a fifth.
         assert len(self.opened(data, 1000)[1]) == 20
 
+    def test_splits_without_labels_are_left_out(self, tmp_path):
+        """As in GLUE, whose test splits have the label -1, and in competitions, whose have none."""
+        labelled = {"text": [f"row {row}" for row in range(20)], "label": [0, 1] * 10}
+        blind = {"text": ["what"] * 5}
+        for name, test in (("glue", {**blind, "label": [-1] * 5}), ("kaggle", blind)):
+            splits = {"validation": labelled, "test": test} if name == "glue" else {"test": test}
+            data = {"train": labelled, **splits}
+            DatasetDict({split: Dataset.from_dict(rows) for split, rows in data.items()}).save_to_disk(tmp_path / name)
+        texts, held_out, said = self.opened(str(tmp_path / "glue"), 4)
+        assert set(texts) == {"train", "validation"} and len(texts["validation"]) == 20 and len(held_out) == 4
+        assert "the split test of" in said[0] and "has no labels and is left out" in said[0]
+        # Nothing is left to report on but a part of what there is to train on.
+        texts, _, said = self.opened(str(tmp_path / "kaggle"), 0)
+        assert not set(texts["train"]) & set(texts["test"]) and len(texts["train"]) + len(texts["test"]) == 20
+        assert "has no split to evaluate on" in said[1]
+
     def test_beside_those_that_are_trained_on(self, tmp_path):
         texts, held_out, _ = self.opened(self.folder(tmp_path, train=100, test=10), 12, max_train_samples=50)
         assert (len(texts["train"]), len(held_out)) == (50, 12) and not set(held_out) & set(texts["train"])

@@ -238,18 +238,43 @@ def test_a_plan_survives_its_file():
     assert Plan.from_dict(plan.to_dict()) == plan
 
 
+def recipe_in_run(plan, budget, overrides=()):
+    return {"name": "plan", **planned_recipe(plan, budget, overrides).to_dict()}
+
+
+def test_a_plan_is_made_anew_for_other_rows_and_for_a_faster_target(tmp_path):
+    given = {"model": "bert", "dataset": "reviews", "task": "text-classification"}
+    said = []
+
+    def found(made_for, asked, overrides=(), before=()):
+        plan = decide(ENCODER, made_for)
+        recipe = recipe_in_run(plan, made_for, before)
+        (tmp_path / "run.json").write_text(json.dumps({"format": 1, **given, "stages": [], "recipe": recipe}))
+        return earlier_plan(tmp_path, **given, budget=asked, overrides=overrides, say=said.append) == plan
+
+    few = ["data.max_train_samples=40"]
+    assert found(Budget(), Budget(), few, few) and not found(Budget(), Budget(), (), few)
+    assert "choice of rows or columns (data)" in said.pop()
+    slow, quick = Budget(target_latency=5000.0), Budget(target_latency=5.0)
+    assert found(quick, slow) and found(slow, slow) and found(slow, Budget(name="int8-dense"))
+    assert found(quick, Budget(max_drop=0.01)) and not said
+    # There int8 alone was enough.
+    for asked in (quick, Budget(), Budget(max_drop=0.01)):
+        assert not found(slow, asked) and "another target latency (5000 ms)" in said.pop()
+
+
 def test_a_plan_is_for_one_model_data_set_and_task_however_they_are_spelt(tmp_path, monkeypatch):
     for name in ("bert", "other", "work"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "work")
     plan = decide(ENCODER, Budget())
     given = {"model": "../bert", "dataset": "me/reviews:small", "task": "text-classification"}
-    run = {"format": 1, **given, "stages": [], "recipe": {"name": "plan", "plan": plan.to_dict()}}
+    run = {"format": 1, **given, "stages": [], "recipe": recipe_in_run(plan, Budget())}
     said = []
 
     def found(run=run, **changed):
         (tmp_path / "work" / "run.json").write_text(json.dumps(run))
-        return earlier_plan(tmp_path / "work", **{**given, **changed}, say=said.append)
+        return earlier_plan(tmp_path / "work", **{**given, **changed}, budget=Budget(), say=said.append)
 
     assert found() == found(model=str(tmp_path / "bert")) == found(model="../bert/") == plan
     with_paths = run | {"resolved": {"model": str(tmp_path / "bert"), "dataset": "me/reviews:small"}}

@@ -146,6 +146,15 @@ def test_other_content_of_the_data_runs_everything(run, tmp_path, data_folder):
     assert run(data=copy)[1] == ["one", "two", "three", "aside"]
 
 
+def test_an_output_within_the_data_or_the_model_does_not_change_them(run, tmp_path, data_folder, model_folder):
+    shutil.copytree(data_folder, tmp_path / "data")
+    shutil.copytree(model_folder, tmp_path / "model")
+    for output in (tmp_path / "data" / "out", tmp_path / "model" / "out"):
+        given = {"data": tmp_path / "data", "model": tmp_path / "model", "output": output}
+        run(**given)
+        assert run(**given)[1] == []
+
+
 def test_overwrite_runs_everything(run):
     run()
     assert run(overwrite=True)[1] == ["one", "two", "three", "aside"]

@@ -170,6 +170,29 @@ def test_a_head_for_other_labels_is_replaced(compress, tmp_path):
     assert load(result.folders["distill"]).config.label2id == {"no": 0, "yes": 1}
 
 
+@pytest.mark.parametrize(("count", "fits"), [(4, True), (2, False), (6, False)])
+def test_a_head_without_class_names_fits_by_their_number(compress, data_folder, model_folder, tmp_path, count, fits):
+    from optimum_flexcompress.recipes.planner import measure
+    from tests.tiny import build
+
+    sizes = {"vocab_size": 400, "num_hidden_layers": 2, "num_labels": count}
+    build("bert", "BertForSequenceClassification", **sizes).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "model")
+    alone = RECIPE[: RECIPE.index("  distill:")]
+    result, said = compress(alone, model=tmp_path / "model")
+    assert ("is trained for the task already" in said) == fits == ("so it gets a new head" not in said)
+    assert load(result.folders["finetune"]).config.num_labels == 4
+    # The forecast says the same.
+    recipe = load_recipe("full", ["stages.benchmark.threads=1", "data.max_length=16"])
+    given = (str(tmp_path / "model"), str(data_folder), "text-classification")
+    assert measure(recipe, *given, lambda line: None)[0].trained == fits
+
+
+def test_training_arguments_that_the_trainer_refuses(compress):
+    with pytest.raises(FlexCompressError, match="the training settings of finetune do not work: .*no_such_service"):
+        compress(RECIPE, "stages.finetune.arguments.report_to=no_such_service")
+
+
 def test_body_first_then_head(compress):
     """The shape of `minilm-int8`: a body without a head, then a student that starts from it."""
     text = (

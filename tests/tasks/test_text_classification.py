@@ -51,6 +51,32 @@ def test_pairs_of_texts():
     assert sum(row["token_type_ids"]) == 3 and len(row["input_ids"]) == 7
 
 
+def test_a_question_and_a_sentence_are_a_pair():
+    rows = {"question": ["who is good"], "sentence": ["the film"], "label": [0]}
+    assert TASK.find_columns(splits(train=rows)) == {"text": "question", "text_pair": "sentence", "label": "label"}
+    alone = TASK.find_columns(splits(train=rows), {"text": "sentence"})
+    assert alone == {"text": "sentence", "label": "label"}
+
+
+def test_the_training_split_names_the_columns_whatever_comes_first():
+    data = splits(test={"text": ["bad"]}, train={"text": ["good", "bad"], "label": ["pos", "neg"]})
+    assert list(prepare(data).dataset) == ["train"]
+
+
+def test_an_empty_label_is_none():
+    data = splits(train={"text": ["good", "bad", "film"], "label": ["pos", "neg", ""]})
+    with pytest.raises(FlexCompressError, match="a row without a label: remove such rows"):
+        prepare(data)
+    data = splits(train={"text": ["good", "bad"], "label": ["pos", "neg"]}, test={"text": ["film"], "label": [""]})
+    assert list(prepare(data).dataset) == ["train"] and prepare(data).label_names == ["neg", "pos"]
+
+
+def test_a_split_without_the_texts():
+    data = splits(train={"text": ["good"], "label": [0]}, test={"words": ["good"], "label": [0]})
+    with pytest.raises(FlexCompressError, match="A split has no column 'text'.*it has words, label"):
+        prepare(data)
+
+
 def test_the_models_ids_count():
     config = BertConfig(id2label={0: "POS", 1: "NEG"}, label2id={"POS": 0, "NEG": 1})
     assert prepare(reviews(), model=config).dataset["train"]["labels"][:] == [0, 1, 0, 1]

@@ -292,6 +292,15 @@ def choose(front: Front, shape: str, settings: ChooseSettings) -> dict[str, Any]
         point = next(point for point in candidates if front.name(point) == settings.name)
         return _facts(front, point, True, f"{_words(front, point, shape)}, as asked.")
     drop = math.inf if settings.max_drop is None else read_share("max_drop", settings.max_drop, 0.0)
+    if not front.full.metric and front.greater_is_better and settings.max_drop is not None:
+        point = min(candidates, key=_ratio)
+        return _facts(
+            front,
+            point,
+            False,
+            f"The {front.metric} of {front.name(front.full)} is 0, of which nothing can be lost: look at its labels, or "
+            "train it longer (--set stages.finetune.epochs=N).",
+        )
     limit = math.inf if settings.target_latency is None else settings.target_latency
     good = [point for point in candidates if front.drop(point) <= drop + 1e-9]
     quick = [point for point in candidates if point.cost <= limit]

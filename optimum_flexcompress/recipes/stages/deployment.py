@@ -236,6 +236,10 @@ class BenchmarkSettings:
             raise FlexCompressError(f"rounds must be at least 3, not {self.rounds}, for a median and a spread.")
         if self.stream_rows < 0:
             raise FlexCompressError(f"stream_rows must be at least 0, not {self.stream_rows}.")
+        if self.threads is not None and self.threads < 1:
+            raise FlexCompressError(f"threads must be at least 1, not {self.threads}.")
+        if not self.max_seconds > 0:
+            raise FlexCompressError(f"max_seconds must be more than 0, not {self.max_seconds}.")
 
 
 @register_stage("benchmark")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -177,16 +177,23 @@ class TrainingStage(Stage):
         # The steps before this point may or may not have drawn random numbers (a new head, say).
         set_seed(context.seed)
         trainer_class = FlexCompressSeq2SeqTrainer if prepared.generation else FlexCompressTrainer
-        trainer = trainer_class(
-            model=model,
-            args=self.training_arguments(context, prepared),
-            train_dataset=prepared.dataset["train"],
-            data_collator=prepared.collator,
-            processing_class=processor,
-            compute_metrics=prepared.compute_metrics,
-            preprocess_logits_for_metrics=prepared.preprocess_logits,
-            **trainer_options,
-        )
+        arguments = self.training_arguments(context, prepared)
+        try:
+            trainer = trainer_class(
+                model=model,
+                args=arguments,
+                train_dataset=prepared.dataset["train"],
+                data_collator=prepared.collator,
+                processing_class=processor,
+                compute_metrics=prepared.compute_metrics,
+                preprocess_logits_for_metrics=prepared.preprocess_logits,
+                **trainer_options,
+            )
+        except (ValueError, RuntimeError, ImportError) as error:
+            # Such as an integration that is not installed.
+            if isinstance(error, FlexCompressError) or not self.settings.arguments:
+                raise
+            raise FlexCompressError(_do_not_work(context, error)) from error
         checkpoint = last_checkpoint(context.scratch)
         if checkpoint is not None:
             context.say(f"{context.name}: going on from {checkpoint.name}")
@@ -241,8 +248,11 @@ class TrainingStage(Stage):
         try:
             return cls(output_dir=str(context.scratch), seed=context.seed, data_seed=context.seed, **chosen)
         except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise FlexCompressError(f"the training settings of {context.name} do not work: {reason}") from error
+            raise FlexCompressError(_do_not_work(context, error)) from error
+
+
+def _do_not_work(context: StageContext, error: Exception) -> str:
+    return f"the training settings of {context.name} do not work: {' '.join(str(error).split())}"
 
 
 @register_stage("finetune")
@@ -269,10 +279,7 @@ class FineTune(TrainingStage):
         """See the base class."""
         source = context.artifact(self.settings.model)
         processor = context.task.load_processor(source)
-        prepared = (
-            self._prepared_for_trained_head(context, source, processor) if self.settings.skip_if_trained else None
-        )
-        if prepared is not None:
+        if self.settings.skip_if_trained and self._is_trained(context, source, processor):
             context.say(f"{context.name}: {source} is trained for the task already, taken as it is")
             model = context.task.load_model(source)
             model.save_pretrained(context.output)
@@ -283,16 +290,30 @@ class FineTune(TrainingStage):
         model = self.load_for_training(context, source, ignore_mismatched_sizes=True, **prepared.model_kwargs)
         return self.train(context, model, processor, prepared)
 
-    def _prepared_for_trained_head(self, context: StageContext, source: Any, processor: Any) -> Prepared | None:
+    def _is_trained(self, context: StageContext, source: Any, processor: Any) -> bool:
         config = load_config(source)
         if not has_head(context.task.auto_class, config):
-            return None
-        try:
-            return context.prepare(processor, model=config)
-        except FlexCompressError:
-            # The model's labels are not the data's; anything else that is wrong with the data comes up again.
+            return False
+        fits = head_fits(config, lambda: context.prepare(processor, model=config))
+        if not fits:
             context.say(f"{context.name}: the labels of {source} are not those of the data, so it gets a new head")
-            return None
+        return fits
+
+
+def head_fits(config: Any, prepare: Callable[[], Prepared]) -> bool:
+    """Whether the head of a model is one for the data's labels.
+
+    Args:
+        config: The model's configuration.
+        prepare: Makes the data ready for the model.
+    """
+    try:
+        names = prepare().label_names
+    except FlexCompressError:
+        # The model's labels are not the data's; anything else that is wrong with the data comes up again.
+        return False
+    # Names like LABEL_0 fit any data, but not in any number.
+    return names is None or len(names) == config.num_labels
 
 
 def check_methods(methods: Mapping[str, Any]) -> None:
