@@ -136,11 +136,13 @@ def earlier_plan(
         say: Receives a line where the plan was made for something else.
 
     Raises:
-        FlexCompressError: The folder holds something else.
+        FlexCompressError: The folder holds something else, or what was made of another model or data set.
     """
     from ..tasks import get_task
 
-    run = Workspace(output).read_run_of(NAME)
+    workspace = Workspace(output)
+    run = workspace.read_run_of(NAME)
+    workspace.check_sources(run, model, dataset)
     plan = run.get("recipe", {}).get("plan")
     if not plan:
         return None

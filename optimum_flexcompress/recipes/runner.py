@@ -84,6 +84,8 @@ def run_recipe(
 
     workspace = Workspace(output)
     previous = workspace.read_run() if overwrite else workspace.read_run_of(recipe.name)
+    if not overwrite:
+        workspace.check_sources(previous, model, dataset)
     the_task = get_task(task)
     # Before the data, which may take a while. By its id it is then found in the cache.
     fetch_model(model)
@@ -126,6 +128,7 @@ def run_recipe(
                 "dataset": str(dataset),
                 # What another command compares with, from wherever it is run.
                 "resolved": {"model": resolved(model), "dataset": resolved(dataset)},
+                "sources": {"model": run.ids[INPUT], "dataset": run.dataset_digest},
                 "task": the_task.name,
                 "stages": stages + obsolete,
             }

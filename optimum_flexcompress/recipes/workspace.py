@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import FlexCompressError
 from ..output import atomic_folder, check_output_folder, write_text_atomically
-from .fingerprint import RUN_FILE, file_sizes
+from .fingerprint import RUN_FILE, file_sizes, fingerprint
 
 
 MANIFEST = "stage.json"
@@ -154,6 +154,27 @@ class Workspace:
                 "--overwrite to replace it."
             )
         return run
+
+    def check_sources(self, run: dict[str, Any], model: str, dataset: str) -> None:
+        """Refuses to replace what was made of another model or data set: a slip would cost hours of work.
+
+        One and the same under another path, or with other content under the same path, is none.
+
+        Args:
+            run: What [`Workspace.read_run`] returned.
+            model: Folder or Hub id.
+            dataset: Anything that [`load_data`] takes.
+
+        Raises:
+            FlexCompressError: See above.
+        """
+        for key, what, source in (("model", "model", model), ("dataset", "data set", dataset)):
+            before = run.get("sources", {}).get(key)
+            if before is not None and run["resolved"][key] != resolved(source) and before != fingerprint(source):
+                raise FlexCompressError(
+                    f"{self.path} holds a run of another {what}, {run[key]}: choose another output folder, or add "
+                    "--overwrite to replace it."
+                )
 
     def write_run(self, run: dict[str, Any]) -> None:
         """Writes `run.json`."""

@@ -146,6 +146,22 @@ def test_other_content_of_the_data_runs_everything(run, tmp_path, data_folder):
     assert run(data=copy)[1] == ["one", "two", "three", "aside"]
 
 
+def test_another_model_or_data_set_needs_overwrite(run, tmp_path, data_folder, model_folder):
+    shutil.copytree(data_folder, tmp_path / "questions")
+    shutil.copytree(model_folder, tmp_path / "other")
+    (tmp_path / "questions" / "test.csv").write_text("text,category\nwhere is it,card_arrival\n")
+    (tmp_path / "other" / "extra.txt").write_text("x")
+    first, _, _ = run()
+    for change, what in (({"data": tmp_path / "questions"}, "data set"), ({"model": tmp_path / "other"}, "model")):
+        with pytest.raises(
+            FlexCompressError, match=f"holds a run of another {what}, .*: choose another output folder"
+        ):
+            run(**change)
+        assert run()[1] == [] and text(first, "three") == "123"
+        assert run(**change, overwrite=True)[1] == ["one", "two", "three", "aside"]
+        assert run(overwrite=True)[1] == ["one", "two", "three", "aside"]
+
+
 def test_an_output_within_the_data_or_the_model_does_not_change_them(run, tmp_path, data_folder, model_folder):
     shutil.copytree(data_folder, tmp_path / "data")
     shutil.copytree(model_folder, tmp_path / "model")
