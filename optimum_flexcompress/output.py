@@ -16,6 +16,7 @@ def check_output_folder(
     path: str | os.PathLike,
     overwrite: bool = False,
     *,
+    source: str | os.PathLike | None = None,
     option: str = "-o/--output",
     advice: str = "choose another folder, or add --overwrite to replace it",
 ) -> Path:
@@ -24,6 +25,7 @@ def check_output_folder(
     Args:
         path: The folder that is going to be written.
         overwrite: Whether an existing non-empty folder may be replaced.
+        source: What the output is going to be made of, where that is a folder.
         option: Where the command line takes the path.
         advice: What to do about a folder that is not empty.
 
@@ -31,9 +33,16 @@ def check_output_folder(
         The path, absolute.
 
     Raises:
-        FlexCompressError: It is a file, a non-empty folder (without `overwrite`), or cannot be written.
+        FlexCompressError: It is a file, a non-empty folder (without `overwrite`), the source or one that the source
+            lies in, or cannot be written.
     """
     path = Path(path).expanduser().absolute()
+    if source is not None:
+        origin = Path(source).expanduser().resolve()
+        if path.resolve() in (origin, *origin.parents) and origin.exists():
+            raise FlexCompressError(
+                f"{path} holds what the output is made of, which would be lost: choose another folder."
+            )
     if path.exists() and not path.is_dir():
         raise FlexCompressError(f"{path} is a file: give {option} the name of a new folder.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:

@@ -66,7 +66,7 @@ optimum-cli flexcompress assemble -m me/modular-t5 --ratio 2 -o t5-half --push-t
                 if plan
                 else f"--strategy {args.strategy} needs to know how small: give --ratio, such as --ratio 2."
             )
-        check_output_folder(args.output, overwrite=args.overwrite)
+        check_output_folder(args.output, overwrite=args.overwrite, source=args.model)
         repository = hub_target(args, args.output)
 
         from optimum_flexcompress.evaluation.formatting import counted
@@ -74,7 +74,7 @@ optimum-cli flexcompress assemble -m me/modular-t5 --ratio 2 -o t5-half --push-t
 
         # Before the model is loaded.
         assembly = Assembly.from_json_file(args.strategy) if plan else None
-        modular = ModularModel.from_pretrained(args.model)
+        modular = ModularModel.from_pretrained(args.model, dtype="auto")
         if assembly is None:
             assembly = modular.choose(args.strategy, args.ratio)
         assembly = modular.save_assembled(assembly, args.output, source=args.model, overwrite=args.overwrite)

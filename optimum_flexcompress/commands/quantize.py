@@ -116,7 +116,7 @@ optimum-cli flexcompress quantize -m me/student -o student-int8 --push-to-hub --
         from optimum_flexcompress.output import check_output_folder
 
         # Before anything is loaded, exported or calibrated.
-        check_output_folder(args.output, overwrite=args.overwrite)
+        check_output_folder(args.output, overwrite=args.overwrite, source=args.model)
         options = {
             "per_channel": not args.per_tensor,
             "embeddings": not args.no_embeddings,

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import logging
 import math
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -384,7 +385,7 @@ class MethodRunner:
                 f"{folder} has no {STATE_NAME}: it was written without compression methods; resume from a checkpoint "
                 "of a run with the same methods, or start anew."
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_state(path)
         wanted = [method.config.method_type for method in self.methods]
         if sorted(state) != sorted(wanted):
             raise FlexCompressError(
@@ -393,6 +394,18 @@ class MethodRunner:
             )
         for method in self.methods:
             method.load_state_dict(state[method.config.method_type])
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint keeps of the methods, by their type.
+
+    Raises:
+        FlexCompressError: The file is damaged.
+    """
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        raise FlexCompressError(f"{path} is damaged: take another checkpoint, or start anew.") from error
 
 
 def _merge(needs: list[Needs]) -> Needs:

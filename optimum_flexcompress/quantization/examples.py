@@ -107,6 +107,10 @@ def _encoder_decoder_feeds(
     from ..modeling_ort import FlexORTModelForSeq2SeqLM
 
     with_cache = DECODER_WITH_PAST in files
+    if with_cache and new_tokens < 2:
+        raise FlexCompressError(
+            f"new_tokens is {new_tokens}: generate 2 or more for calibration, since the decoder with a cache makes the second."
+        )
     model = FlexORTModelForSeq2SeqLM.from_pretrained(
         files[ENCODER].parent, use_merged=False, use_cache=with_cache, use_io_binding=False
     )
@@ -170,7 +174,9 @@ def _generate(
             tokens = min(new_tokens, room - length)
         if tokens < 1:
             continue
-        model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1)
+        # What comes after the first token runs on the cache, also where a model would end at once.
+        least = min(2, tokens) if model.config.is_encoder_decoder else None
+        model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=least, do_sample=False, num_beams=1)
         for recorder in recorders:
             recorder.end_example()
 

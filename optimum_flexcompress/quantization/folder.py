@@ -99,7 +99,8 @@ def quantize_folder(
     Raises:
         FlexCompressError: See [`FlexORTQuantizer.from_pretrained`] and [`FlexORTQuantizer.quantize`].
     """
-    check_output_folder(output, overwrite=overwrite)
+    source = model if isinstance(model, str | os.PathLike) else None
+    check_output_folder(output, overwrite=overwrite, source=source)
     config = FlexORTQuantizer.read_config(None, {"mode": mode, "target": target, **options})
     quantizer = FlexORTQuantizer.from_pretrained(model, task=task, length_config=length_config, atol=atol)
     path = quantizer.quantize(

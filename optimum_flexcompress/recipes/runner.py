@@ -222,6 +222,7 @@ class _Run:
                 "task": self.context.task.name,
                 "dataset": self.dataset_digest,
                 "inputs": {name: self.ids[name] for name in spec.stage.inputs()},
+                **({"files": files} if (files := [fingerprint(file) for file in spec.stage.files()]) else {}),
                 # They are missing from the examples to train on.
                 **({"held_out": self.recipe.held_out} if self.recipe.held_out else {}),
             }

@@ -242,14 +242,14 @@ def load_pretrained(cls: Any, path: str | os.PathLike, **kwargs: Any) -> Any:
             f"The weights in {path} do not have the sizes asked for; if only the head differs (another number of "
             "labels), pass ignore_mismatched_sizes=True to start with a new head."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # What Transformers raises for a folder without the files of a tokenizer.
-        if isinstance(error, TypeError) and what != "tokenizer":
+    except (TypeError, AttributeError) as error:
+        if what != "tokenizer":
             raise
-        if isinstance(error, TypeError):
-            raise FlexCompressError(
-                f"No tokenizer can be loaded from {path}: save it beside the model (tokenizer.save_pretrained)."
-            ) from error
+        # What comes of a folder without the files of one.
+        raise FlexCompressError(
+            f"No tokenizer can be loaded from {path}: save it beside the model (tokenizer.save_pretrained)."
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         reason = first_line(error)
         if not folder.is_dir() and isinstance(error, OSError):
             raise FlexCompressError(

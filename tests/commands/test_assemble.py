@@ -6,11 +6,14 @@ import argparse
 import json
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from optimum.commands.flexcompress.assemble import AssembleCommand
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, BertForSequenceClassification, T5ForConditionalGeneration
 
 from optimum_flexcompress import ModularModel
+from optimum_flexcompress.methods.modular import MODULES_NAME
 from tests.methods.modular.helpers import deep, with_modules
 from tests.tasks.toys import word_tokenizer
 
@@ -104,6 +107,23 @@ def test_one_sentence_for_what_is_wrong(folder, tmp_path, capsys, monkeypatch, a
     error = capsys.readouterr().err.strip()
     assert code == 1 and message in error and error.startswith("error: ") and "\n" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_output_is_made_of_is_not_replaced(folder, tmp_path, capsys):
+    before = (folder / "t5" / "model.safetensors").read_bytes()
+    for output in (folder / "t5", folder):
+        assert run("-m", folder / "t5", "-o", output, "--ratio", "2", "--overwrite") == 1
+        assert "holds what the output is made of, which would be lost" in capsys.readouterr().err
+    assert (folder / "t5" / "model.safetensors").read_bytes() == before
+    assert (folder / "t5" / MODULES_NAME).is_file()
+
+
+def test_the_precision_stays(folder, tmp_path):
+    modular = ModularModel.from_pretrained(folder / "t5", dtype=torch.bfloat16)
+    modular.save_pretrained(tmp_path / "modular")
+    assert run("-m", tmp_path / "modular", "-o", tmp_path / "small", "--ratio", "2") == 0
+    small = load_file(tmp_path / "small" / "model.safetensors")
+    assert {value.dtype for value in small.values()} == {torch.bfloat16}
 
 
 def test_an_output_in_the_way(folder, tmp_path, capsys):

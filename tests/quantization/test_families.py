@@ -117,6 +117,13 @@ def test_the_files_of_an_encoder_decoder(exported, tmp_path):
         assert "MatMulIntegerToFloat" in kinds and not kinds & {"DynamicQuantizeMatMul", "DynamicQuantizeLinear"}
 
 
+def test_a_model_that_ends_at_once_can_be_calibrated(tmp_path):
+    model = make("bart", "BartForConditionalGeneration", "stock")
+    model.final_logits_bias[0, model.generation_config.eos_token_id] = 1e3
+    quantize_folder(model, tmp_path / "int8", "static", calibration_dataset=examples(model, 4))
+    assert (tmp_path / "int8" / "decoder_with_past_model.onnx").is_file()
+
+
 def test_a_pytorch_folder_in_one_call(tmp_path):
     model = make("bert", "BertForSequenceClassification", "compressed")
     model.save_pretrained(tmp_path / "model")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import transformers
 
@@ -61,6 +63,21 @@ def test_one_training_gives_two_sizes(compress):
         assert f"# {name}\n" in (result.folders[name] / "README.md").read_text()
     assert "half: encoder: [0-1] [2-3]" in said
     assert result.metrics["half"]["ratio"] == 2
+
+
+def test_a_plan_that_has_changed_is_assembled_anew(compress, tmp_path):
+    plan = tmp_path / "plan.json"
+    text = RECIPE[: RECIPE.index("  half:")] + f"  mine: {{type: assemble, model: modular, strategy: {plan}}}\n"
+    for pieces, layers in (
+        ([{"granularity": 2, "block": 0}, {"layer": 2}, {"layer": 3}], 3),
+        ([{"granularity": 4, "block": 0}], 1),
+    ):
+        plan.write_text(json.dumps({"encoder": pieces}))
+        result, _ = compress(text)
+        small = transformers.AutoModelForSequenceClassification.from_pretrained(result.folders["mine"])
+        assert small.config.num_hidden_layers == layers
+    assert result.skipped == ["finetune", "modular"]
+    assert compress(text)[0].skipped == ["finetune", "modular", "mine"]
 
 
 @pytest.mark.parametrize(

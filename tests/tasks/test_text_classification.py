@@ -204,3 +204,10 @@ def test_loading_what_is_no_model(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(FlexCompressError, match="damaged"):
         TASK.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "name"), [("bert", "BertModel"), ("bart", "BartModel"), ("t5", "T5Model")])
+def test_a_folder_without_a_tokenizer(tmp_path, family, name):
+    build(family, name).save_pretrained(tmp_path)
+    with pytest.raises(FlexCompressError, match="No tokenizer can be loaded from .*: save it beside the model"):
+        TASK.load_processor(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -308,7 +308,17 @@ class ModularMethod(CompressionMethod):
     def log_values(self) -> dict[str, float]:
         return self._means.take()
 
-    # Saved models
+    # Checkpoints and saved models
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See the base class."""
+        found = {name.partition(".")[0] for name in state["modules"]}
+        if found != set(self.modules):
+            raise FlexCompressError(
+                f"The checkpoint has modules of the granularities {_granularities(found)}, this run asks for "
+                f"{_granularities(self.modules)}: resume with the same, or start anew."
+            )
+        super().load_state_dict(state)
 
     def save_beside(self, folder: str | os.PathLike) -> None:
         self._modular.save_modules(folder)
@@ -353,3 +363,12 @@ def _mean(values: list[torch.Tensor], step: Step) -> torch.Tensor:
         device = next(value.device for value in step.inputs.values() if isinstance(value, torch.Tensor))
         return torch.zeros((), device=device)
     return torch.stack(values).mean()
+
+
+def _granularities(names: Iterable[str]) -> str:
+    """Of modules with names like `encoder_2_0`: `2, 4 (encoder)`."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        stack, granularity, _ = name.rsplit("_", 2)
+        found.setdefault(stack, set()).add(int(granularity))
+    return " and ".join(f"{', '.join(map(str, sorted(sizes)))} ({stack})" for stack, sizes in sorted(found.items()))

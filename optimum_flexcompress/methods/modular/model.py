@@ -23,10 +23,10 @@ from ...errors import FlexCompressError
 from ...hub import fetch_model, is_hub_id
 from ...model_card import write_model_card
 from ...modular_config import ModularConfig
-from ...output import atomic_folder
+from ...output import atomic_folder, check_output_folder
 from ...surgery import adopt_layers
 from ...tasks.base import load_pretrained
-from ..runner import STATE_NAME
+from ..runner import STATE_NAME, read_state
 from .assembly import Assembly
 from .modules import (
     describe_whole,
@@ -215,6 +215,7 @@ class ModularModel:
         Raises:
             FlexCompressError: The assembly does not fit, or the folder cannot be written.
         """
+        check_output_folder(folder, overwrite=overwrite, source=source)
         assembly = self.checked(assembly)
         small = self.assemble(assembly)
         with atomic_folder(folder, overwrite=overwrite) as temporary:
@@ -298,7 +299,14 @@ class ModularModel:
 
 def is_modular(folder: str | os.PathLike) -> bool:
     """Whether a folder, or what an id on the Hub names, is a modular checkpoint."""
-    return (fetch_model(folder) / MODULES_NAME).is_file()
+    folder = fetch_model(folder)
+    if (folder / MODULES_NAME).is_file():
+        return True
+    # A checkpoint of the trainer, of this method or another.
+    state, config = folder / STATE_NAME, folder / FlexCompressConfig.CONFIG_NAME
+    if not state.is_file() or not config.is_file():
+        return False
+    return any(isinstance(method, ModularConfig) for method in FlexCompressConfig.from_pretrained(folder).methods)
 
 
 def _name_of(source: str | os.PathLike | None) -> str | None:
@@ -337,7 +345,7 @@ def _config_of(folder: Path) -> ModularConfig:
 def _class_of(folder: Path) -> type[PreTrainedModel]:
     try:
         names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise FlexCompressError(f"{folder} is no model folder: its config.json cannot be read ({error}).") from None
     found = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if found is None:
@@ -354,5 +362,5 @@ def _read_modules(folder: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise FlexCompressError(f"{path} is damaged ({error}): copy the folder again.") from error
-    state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)
+    state = read_state(folder / STATE_NAME)
     return dict(state[ModularConfig.method_type]["modules"])

@@ -72,7 +72,13 @@ def usable_granularities(view: ModelView, config: ModularConfig) -> dict[str, li
         if not usable[name]:
             given = ", ".join(map(str, config.granularities))
             working = [granularity for granularity in range(2, depth + 1) if depth % granularity == 0]
-            others = [other for other in view.stacks if other != name and config.stacks is None]
+            others = [
+                other
+                for other, stack in view.stacks.items()
+                if other != name
+                and config.stacks is None
+                and any(len(stack.layers) % granularity == 0 for granularity in config.granularities)
+            ]
             advice = f"give granularities that do ({', '.join(map(str, working))})" if working else ""
             if name == "decoder" and not generates_with_deeper_decoder(view):
                 # The finest modules of the encoder alone would leave the decoder the deeper one.

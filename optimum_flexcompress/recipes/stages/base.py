@@ -128,6 +128,10 @@ class Stage:
         """Names of the stages (or `input`) whose folders this stage reads."""
         raise NotImplementedError
 
+    def files(self) -> list[str]:
+        """Files that the settings name; what is in them counts as a setting."""
+        return []
+
     def source(self) -> str | None:
         """The stage whose model this one changes, which stands in for it where it is skipped; None: it makes none."""
         return self.inputs()[0] if self.makes_model else None

@@ -65,6 +65,10 @@ class Distill(TrainingStage):
         start = self.settings.model or self.settings.teacher
         return list(dict.fromkeys([start, self.settings.teacher]))
 
+    def files(self) -> list[str]:
+        """See the base class."""
+        return [self.settings.structure] if self.settings.structure is not None else []
+
     def describe(self) -> str:
         """See the base class."""
         return f"distilling {self.settings.teacher} into a smaller model"

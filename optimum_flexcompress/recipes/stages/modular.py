@@ -140,6 +140,10 @@ class Assemble(Stage):
         """See the base class."""
         return [self.settings.model]
 
+    def files(self) -> list[str]:
+        """See the base class."""
+        return [self.settings.strategy] if self.settings.ratio is None else []
+
     def describe(self) -> str:
         """See the base class."""
         settings = self.settings
@@ -166,7 +170,7 @@ class Assemble(Stage):
         from ...methods.modular import ModularModel
 
         source = context.artifact(self.settings.model)
-        modular = ModularModel.from_pretrained(source)
+        modular = ModularModel.from_pretrained(source, dtype="auto")
         assembly = modular.save_assembled(
             self._assembly(modular), context.output, source=source, name=context.name, overwrite=True
         )

@@ -19,7 +19,7 @@ from optimum_flexcompress import (
 )
 from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.methods.base import PrepareContext, Step
-from optimum_flexcompress.methods.modular import MODULES_NAME, ModularMethod, Piece
+from optimum_flexcompress.methods.modular import MODULES_NAME, ModularMethod, Piece, is_modular
 from optimum_flexcompress.methods.modular.method import relative_error
 from optimum_flexcompress.methods.modular.routing import Router
 from tests.methods.modular.helpers import method_of, modules_of, toy, train
@@ -365,6 +365,18 @@ def test_saved_models_and_checkpoints_can_be_assembled(tmp_path):
         modular = ModularModel.from_pretrained(folder)
         assert torch.equal(modular.assemble(assembly)(**batch).logits, logits)
         assert torch.equal(modular.model(**batch).logits, model.eval()(**batch).logits)
+        assert is_modular(folder)
+    with pytest.raises(
+        FlexCompressError,
+        match=r"granularities 2, 4 \(decoder\) and 2, 4 \(encoder\), this run asks for 2 \(decoder\)",
+    ):
+        train(tmp_path / "run", toy("bart"), data, ModularConfig(granularities=[2]), resume=True, max_steps=4)
+    state = tmp_path / "run" / "checkpoint-3" / "flexcompress_state.pt"
+    whole = state.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"no archive"):
+        state.write_bytes(damaged)
+        with pytest.raises(FlexCompressError, match="flexcompress_state.pt is damaged"):
+            ModularModel.from_pretrained(state.parent)
 
 
 def test_bart_skips_no_layers_while_it_is_routed(tmp_path):
@@ -403,6 +415,7 @@ def test_logits_of_another_teacher_may_be_distilled_too(tmp_path):
     ("settings", "message"),
     [
         ({"granularities": [3, 5]}, r"The encoder has 4 layers, which no granularity of 3, 5 divides .* \(2, 4\)"),
+        ({"granularities": [3]}, r"give granularities that do \(2, 4\)\.$"),
         ({"granularities": [2], "stacks": ["decoder"]}, 'names the stack "decoder", which BertFor'),
         ({"granularities": [2], "evaluated_ratio": 3.0}, r"ratio of 3 is out of reach.* nearest is 2\."),
     ],
