@@ -90,6 +90,11 @@ def select_split(data: DatasetDict, split: str | None = None) -> str:
     raise FlexCompressError(f"The data set has no split {split!r}.{nearest(split, data)}")
 
 
+def training_split(data: DatasetDict) -> Dataset:
+    """The split `train`, else the first one, which then has to say what the data is like."""
+    return data["train"] if "train" in data else next(iter(data.values()))
+
+
 def take(dataset: Dataset, count: int | None, seed: int = 42) -> Dataset:
     """At most `count` rows, drawn at random (files are often sorted by label) but kept in their order."""
     if count is None or count >= len(dataset):
@@ -114,15 +119,14 @@ def _split_of(name: str) -> str | None:
 
 def _with_usual_names(data: DatasetDict) -> DatasetDict:
     """Calls `dev` or, where there is nothing closer, `validation_matched` `validation`; the first one of its kind."""
-    exact = {
-        usual: next((name for name in data if name.lower() in (usual, *names)), None)
-        for usual, names in SPLIT_NAMES.items()
-    }
     usual_names: dict[str, str] = {}
-    for usual, name in exact.items():
-        name = name or next((name for name in data if _split_of(name) == usual), None)
-        if name is not None:
-            usual_names[name] = usual
+    for usual, names in SPLIT_NAMES.items():
+        # One that has the name already keeps it, wherever it stands: no two splits may come to have the same.
+        found = [name for name in data if name == usual]
+        found += [name for name in data if name.lower() in names]
+        found += [name for name in data if _split_of(name) == usual]
+        if found:
+            usual_names[found[0]] = usual
     return DatasetDict({usual_names.get(name, name): split for name, split in data.items()})
 
 

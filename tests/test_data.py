@@ -239,6 +239,18 @@ def test_splits_get_their_usual_names():
     assert list(loaded) == ["train", "test_hard", "test", "validation", "val_extra"]
 
 
+@pytest.mark.parametrize(
+    "names", [("dev", "validation"), ("training", "train"), ("eval", "test"), ("Dev", "val", "dev")]
+)
+def test_no_split_is_lost_to_another_of_its_kind(names):
+    splits = {name: Dataset.from_dict({"a": [name]}) for name in names}
+    loaded = load_data(DatasetDict(splits))
+    assert sorted(split["a"][0] for split in loaded.values()) == sorted(names)
+    usual = {"training": "train", "eval": "test"}.get(names[0], "validation")
+    if usual in names:
+        assert loaded[usual]["a"][0] == usual
+
+
 def test_select_split():
     one = Dataset.from_dict({"a": [1]})
     data = DatasetDict({"train": one, "validation": one})

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from length_pipeline import LengthExperiment, add_arguments, run
 
 from optimum_flexcompress import DistillationConfig, LengthAdaptiveConfig
@@ -42,11 +42,8 @@ def splits(source: str) -> DatasetDict:
     """Fixed random parts: reviews to train on, reviews to search on, reviews to report on, and the rest of the test set."""
     data = load_data(source)
     train, held_out = hold_out(take(data["train"], TRAIN + HELD_OUT, SEED), HELD_OUT, SEED)
-    reported = take(Dataset.from_dict({"row": range(len(data["test"]))}), TEST, SEED)["row"]
-    rest = sorted(set(range(len(data["test"]))) - set(reported))
-    return DatasetDict(
-        train=train, validation=held_out, test=data["test"].select(reported), rest=data["test"].select(rest)
-    )
+    rest, reported = hold_out(data["test"], TEST, SEED)
+    return DatasetDict(train=train, validation=held_out, test=reported, rest=rest)
 
 
 def main() -> None:

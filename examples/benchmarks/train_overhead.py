@@ -32,6 +32,8 @@ from optimum_flexcompress.methods.distillation import make_student
 METHODS = {"logits": DistillationConfig(), "minilm-v2": MiniLMConfig()}
 TARGETS = {("logits", 128): 1.1, ("minilm-v2", 128): 1.5}
 LABELS = 77
+# The 6-layer MiniLM's shape.
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 
 
 class Lockstep(TrainerCallback):
@@ -91,14 +93,7 @@ class Lockstep(TrainerCallback):
 def build_models(length: int) -> tuple[BertForSequenceClassification, BertForSequenceClassification]:
     """Teacher and student."""
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        max_position_embeddings=max(512, length),
-        num_labels=LABELS,
-    )
+    config = BertConfig(**MINILM, max_position_embeddings=max(512, length), num_labels=LABELS)
     teacher = BertForSequenceClassification(config).eval()
     return teacher, make_student(teacher, layers=3)
 

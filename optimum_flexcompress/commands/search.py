@@ -146,6 +146,11 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
         how.add_argument(
             "--threads", type=int, metavar="N", help="Threads for PyTorch and ONNX Runtime (default: PyTorch's)."
         )
+        how.add_argument(
+            "--bf16",
+            action="store_true",
+            help="Score lengths in bfloat16, faster on a processor that computes in it (PyTorch only).",
+        )
         result = parser.add_argument_group("result")
         add_json_argument(result, "the front as JSON instead of a table")
         result.add_argument(
@@ -165,7 +170,7 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
             search, options = search_assemblies, {}
             self._refuse_for_assemblies()
         else:
-            search, options = search_lengths, {"runtime": args.runtime, "unit": args.unit}
+            search, options = search_lengths, {"runtime": args.runtime, "unit": args.unit, "bf16": args.bf16}
         front = search(
             args.model,
             args.dataset,
@@ -207,8 +212,10 @@ optimum-cli flexcompress search -m adapted --dataset reviews --storage postgresq
         from optimum_flexcompress.errors import FlexCompressError
 
         args = self.args
-        if args.runtime != "pytorch" or args.unit is not None:
-            option = "--unit" if args.unit is not None else "--runtime"
+        given = {"--unit": args.unit is not None, "--runtime": args.runtime != "pytorch", "--bf16": args.bf16}
+        option = next((option for option, was_given in given.items() if was_given), None)
+        if option is not None:
             raise FlexCompressError(
-                f"{args.model} is a modular checkpoint, whose assemblies are searched in PyTorch: leave {option} out."
+                f"{args.model} is a modular checkpoint, whose assemblies are searched in PyTorch in their own precision: "
+                f"leave {option} out."
             )

@@ -29,6 +29,7 @@ from .environment import busy_cores, environment_info
 from .evaluate import Evaluation, evaluate_artifact, stream_batches
 from .inputs import example_batch
 from .lanes import LaneArtifact, Lanes
+from .limits import check_threads, check_timing
 from .memory import measure_peak_memory
 from .models import check_same_inputs, name_models
 from .report import ModelResult, Report
@@ -118,8 +119,9 @@ def run_benchmark(
         raise FlexCompressError("A benchmark needs a data set: give data=, on the command line --dataset.")
     if output is not None:
         check_report_folder(output, html=html, overwrite=overwrite)
-    check_shapes(batch_sizes, lengths, rounds)
-    check_amounts(stream_rows, max_seconds, eval_batch_size)
+    check_timing(batch_sizes, lengths, rounds, stream_rows, max_seconds)
+    if eval_batch_size < 1:
+        raise FlexCompressError(f"eval_batch_size must be at least 1, not {eval_batch_size}.")
     if sentence is not None and not isinstance(sentence, str) and len(sentence) not in (1, 2):
         raise FlexCompressError(f"sentence is {len(sentence)} texts: give one, or two for a task that reads pairs.")
     paths, baseline = name_models(folders, baseline)
@@ -234,27 +236,6 @@ def require_report_extra() -> None:
             raise MissingExtraError(package, "report")
 
 
-def check_shapes(batch_sizes: Sequence[int], lengths: Sequence[int] | None, rounds: int) -> None:
-    """Raises FlexCompressError for sizes that cannot be timed."""
-    for name, values in (("batch_sizes", batch_sizes), ("lengths", lengths)):
-        if values is None:
-            continue
-        if not values or any(value < 1 for value in values):
-            raise FlexCompressError(f"{name} must be one or more positive numbers, not {list(values)}.")
-    if rounds < 3:
-        raise FlexCompressError(f"{rounds} rounds give no median and spread: ask for at least 3.")
-
-
-def check_amounts(stream_rows: int, max_seconds: float, eval_batch_size: int) -> None:
-    """Raises FlexCompressError for what would fail only after models have been evaluated."""
-    if stream_rows < 0:
-        raise FlexCompressError(f"stream_rows must be at least 0, not {stream_rows}.")
-    if not max_seconds > 0:
-        raise FlexCompressError(f"max_seconds must be more than 0, not {max_seconds}.")
-    if eval_batch_size < 1:
-        raise FlexCompressError(f"eval_batch_size must be at least 1, not {eval_batch_size}.")
-
-
 def _labelled_split(task: Task, data: DatasetDict, columns: Mapping[str, str] | None) -> str:
     """The split to report on, among those with labels."""
     column = class_column(task.find_columns(data, columns))
@@ -271,10 +252,9 @@ def _labelled_split(task: Task, data: DatasetDict, columns: Mapping[str, str] | 
 @contextmanager
 def using_threads(threads: int | None):
     """Gives PyTorch that many threads for a while; yields the number."""
+    check_threads(threads)
     before = torch.get_num_threads()
     if threads is not None:
-        if threads < 1:
-            raise FlexCompressError(f"threads must be at least 1, not {threads}.")
         torch.set_num_threads(threads)
     try:
         yield torch.get_num_threads()

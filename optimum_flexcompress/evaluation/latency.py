@@ -13,6 +13,7 @@ from torch.utils.benchmark import Timer
 from tqdm.auto import tqdm
 
 from ..errors import FlexCompressError
+from .limits import check_rounds
 
 
 # What torch's timer runs before each sample.
@@ -117,8 +118,7 @@ def measure_side_by_side(
     """
     if not candidates:
         raise FlexCompressError("There is nothing to time.")
-    if rounds < 3:
-        raise FlexCompressError(f"{rounds} rounds give no median and spread: ask for at least 3.")
+    check_rounds(rounds)
     threads = threads if threads is not None else torch.get_num_threads()
     timers = {
         name: getattr(candidate, "timeit", None) or local_timer(candidate, threads)

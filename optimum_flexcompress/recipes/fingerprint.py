@@ -27,12 +27,9 @@ def fingerprint(source: str | Path) -> str:
     if path.is_file():
         return digest({path.name: _file_digest(path)})
     if path.is_dir():
-        runs = {run.parent for run in path.rglob(RUN_FILE)} - {path}
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and not _hidden(file.relative_to(path)) and runs.isdisjoint(file.parents)
-        )
+        found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+        runs = {file.parent for file in found if file.name == RUN_FILE} - {path}
+        files = [file for file in found if runs.isdisjoint(file.parents)]
         return digest({file.relative_to(path).as_posix(): _file_digest(file) for file in files})
     return digest({"hub": str(source)})
 

@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FlexCompressError
+from .allocator import keeping_freed_memory
 from .stages import INPUT, StageSpec
+from .stages.training import attention_options
 
 
 if TYPE_CHECKING:
@@ -208,6 +210,7 @@ def _computes_in_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & set(environment_info()["flags"]))
 
 
+@keeping_freed_memory()
 def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool, labels: bool) -> dict[str, float]:
     """Steps on a few rows of three lengths, none without labels; the weights are thrown away afterwards."""
     import torch
@@ -228,6 +231,8 @@ def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool, labels: bo
     accepted = inspect.signature(model.forward).parameters
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
+    if bf16 and (faster := attention_options()):
+        model.set_attn_implementation(**faster)
 
     def now() -> float:
         if device.type == "cuda":

@@ -71,7 +71,7 @@ def open_data(
     column, names = class_column(task.find_columns(data, settings.columns)), None
     if column is not None:
         every, data = data, without_unlabelled(data, column)
-        for name in every.keys() - data.keys():
+        for name in (name for name in every if name not in data):
             say(f"the split {name} of {dataset} has no labels and is left out")
         names = LabelMap(data, column).names
     if "train" in data and select_split(data) == "train":

@@ -14,6 +14,8 @@ from typing import Any
 from ..evaluation.environment import BUSY
 from .budget import Budget
 from .forecast import STEP_ROWS, Facts
+from .stages import stage_class
+from .stages.training import SMALL_WIDTH, usual_learning_rate
 
 
 _INT8 = {"layers": ("int8-distill",), "width": ("int8-prune",), "tokens": ("int8-adapt", "int8")}
@@ -22,13 +24,18 @@ STAGES = {
     "width": ("prune", "width", *_INT8["width"]),
     "tokens": ("adapt", "search", "pick", *_INT8["tokens"]),
 }
-# Learning rates of what trains, as multiples of that of fine-tuning.
-_TRAINING = {"finetune": 1.0, "modular": 2.0, "distill": 1.0, "prune": 1.0, "adapt": 1.0}
+# The stages that train, and their types.
+_TRAINING = {
+    "finetune": "finetune",
+    "modular": "modular",
+    "distill": "distill",
+    "prune": "prune",
+    "adapt": "length-adaptive",
+}
 
 FEWEST_LAYERS = 4
 LONG_INPUT = 64
 LONG_BATCH = 16
-SMALL_WIDTH = 512
 MASK_STEPS = 1000
 MUCH_FASTER = 4.0
 
@@ -259,6 +266,7 @@ def _tokens(facts: Facts) -> Decision:
         "adapt.methods.distillation={temperature: 4.0, task_loss_weight: 0.0}",
         "adapt.epochs=1",
         "search.trials=60",
+        f"search.bf16={str(facts.bf16).lower()}",
     )
     return Decision(
         "tokens",
@@ -289,11 +297,12 @@ def _worth_it(taken: Sequence[str], budget: Budget) -> Decision:
 
 
 def _training(facts: Facts, steps: Sequence[Decision]) -> Decision:
-    rate = 2e-4 if facts.width <= SMALL_WIDTH and not _long(facts) else 5e-5
+    rate = 5e-5 if _long(facts) else usual_learning_rate(facts.width)
     skipped = {override for step in steps for override in step.overrides if override.endswith(".skip=true")}
     settings = ["stages.finetune.epochs=2"] if _long(facts) else []
-    for stage, factor in _TRAINING.items():
+    for stage, kind in _TRAINING.items():
         if f"stages.{stage}.skip=true" not in skipped:
+            factor = stage_class(kind).rate_factor
             settings += [f"stages.{stage}.attention_dropout=0.0", f"stages.{stage}.learning_rate={factor * rate}"]
             settings += [f"stages.{stage}.batch_size={LONG_BATCH}"] if _long(facts) else []
             settings += [f"stages.{stage}.arguments={{bf16: true}}"] if facts.bf16 else []

@@ -64,6 +64,7 @@ class HeldOut:
         batch_size: Rows at a time.
         max_new_tokens: Bound for generated outputs.
         references: Stand in for labels where the task has none: the vectors of the full model.
+        bf16: Whether PyTorch models compute in bfloat16.
     """
 
     prepared: Prepared
@@ -74,11 +75,13 @@ class HeldOut:
     batch_size: int
     max_new_tokens: int
     references: np.ndarray | None = None
+    bf16: bool = False
 
     def compare_with(self, full: Artifact) -> None:
         """Lets the full model's vectors stand in for labels, for tasks that have none."""
         if full.task.name == "feature-extraction":
-            self.references = self._evaluate(full).predictions
+            with self._precision():
+                self.references = self._evaluate(full).predictions
 
     def score(self, artifact: Artifact) -> float:
         """The metric of a model on the examples.
@@ -86,15 +89,20 @@ class HeldOut:
         Raises:
             FlexCompressError: The data or the model cannot give that metric.
         """
-        if self.metric == LOSS:
-            return self._loss(artifact)
-        metrics = self._evaluate(artifact).metrics
+        with self._precision():
+            if self.metric == LOSS:
+                return self._loss(artifact)
+            metrics = self._evaluate(artifact).metrics
         if self.metric not in metrics:
             raise FlexCompressError(
                 f"There is no metric {self.metric!r} on these examples; there are {', '.join(metrics) or 'none'}, and "
                 f"{LOSS}."
             )
         return float(metrics[self.metric])
+
+    def _precision(self) -> torch.autocast:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16)
 
     def _evaluate(self, artifact: Artifact) -> Any:
         return evaluate_artifact(
@@ -147,6 +155,7 @@ def open_held_out(
     batch_size: int = 32,
     max_new_tokens: int = 64,
     seed: int = 42,
+    bf16: bool = False,
 ) -> HeldOut:
     """Takes and tokenises the examples to score candidates on.
 
@@ -163,6 +172,7 @@ def open_held_out(
         batch_size: Rows at a time.
         max_new_tokens: Bound for generated outputs.
         seed: Of the draw. From `train`, [`hold_out`] takes the same rows.
+        bf16: Whether PyTorch models compute in bfloat16.
 
     Returns:
         The examples.
@@ -201,6 +211,7 @@ def open_held_out(
         unit="" if metric not in (None, prepared.main_metric) else prepared.unit,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        bf16=bf16,
     )
 
 

@@ -55,6 +55,7 @@ def search_lengths(
     latency_batch_size: int = 32,
     new_tokens: int = 32,
     threads: int | None = None,
+    bf16: bool = False,
     picture: bool = True,
     progress: bool = True,
     say: Callable[[str], None] = logger.info,
@@ -97,6 +98,8 @@ def search_lengths(
         latency_batch_size: Rows of the batch that is timed.
         new_tokens: Tokens to generate at most while scoring, and while timing models that generate.
         threads: Threads of PyTorch and ONNX Runtime; PyTorch's present number when `None`.
+        bf16: Score in bfloat16, faster on a processor that computes in it; PyTorch only. Times are measured in single
+            precision all the same.
         picture: Whether to draw the front, which needs the extra `report`.
         progress: Whether to show progress bars.
         say: Receives lines for the user.
@@ -115,6 +118,8 @@ def search_lengths(
         check_choice("unit", unit, LENGTH_UNITS)
     if metric == "loss" and runtime != "pytorch":
         raise FlexCompressError("The loss is computed in PyTorch only: choose another metric, or --runtime pytorch.")
+    if bf16 and runtime != "pytorch":
+        raise FlexCompressError(f"bf16 (--bf16) is for the runtime pytorch, not {runtime}: leave one of them out.")
     check_counts(batch_size=batch_size, latency_batch_size=latency_batch_size, new_tokens=new_tokens, trials=trials)
     run = SearchRun(
         output,
@@ -145,6 +150,7 @@ def search_lengths(
         batch_size=batch_size,
         max_new_tokens=new_tokens,
         seed=seed,
+        bf16=bf16,
     )
     with ExitStack() as context:
         threads = context.enter_context(using_threads(threads))
@@ -165,6 +171,7 @@ def search_lengths(
             "batch_size": batch_size,
             "new_tokens": new_tokens,
             **({"timed": asdict(timed)} if objective == "latency" else {}),
+            **({"bf16": True} if bf16 else {}),
         }
         scorer = LengthScorer(
             searched.model,

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from safetensors import SafetensorError
 from transformers import EvalPrediction, PretrainedConfig, PreTrainedModel
 
+from ..data import training_split
 from ..errors import FlexCompressError, first_line
 
 
@@ -183,7 +184,7 @@ class Task:
             FlexCompressError: A required column is missing, or `columns` names something that does not exist.
         """
         # Those of a test split without labels are not all of them.
-        found = list((data["train"] if "train" in data else next(iter(data.values()))).column_names)
+        found = training_split(data).column_names
         columns = dict(columns or {})
         roles = [column.role for column in self.columns]
         for role, name in columns.items():

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import ClassLabel, DatasetDict
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..data import training_split
 from ..errors import FlexCompressError, nearest
 
 
@@ -72,7 +73,7 @@ class LabelMap:
         model: PreTrainedModel | PretrainedConfig | None = None,
     ):
         self.column = column
-        first = data["train"] if "train" in data else next(iter(data.values()))
+        first = training_split(data)
         declared = names_of_feature(first.features[column])
         present = {item for item in flatten(first[column]) if _is_label(item)}
         own = declared or _sorted_names(present)

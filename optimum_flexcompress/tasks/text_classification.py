@@ -8,6 +8,7 @@ from typing import Any
 from datasets import DatasetDict
 from transformers import DataCollatorWithPadding, PretrainedConfig, PreTrainedModel
 
+from ..data import training_split
 from ..errors import FlexCompressError
 from .base import Column, Prepared, Task, effective_length, map_splits, texts
 from .labels import LabelMap, flatten, model_config, model_kwargs, without_unlabelled
@@ -34,7 +35,7 @@ class TextClassification(Task):
     def find_columns(self, data: DatasetDict, columns: Mapping[str, str] | None = None) -> dict[str, str]:
         """See [`Task.find_columns`]. `question` and `sentence` beside each other are a pair, as in QNLI."""
         chosen = super().find_columns(data, columns)
-        names = (data["train"] if "train" in data else next(iter(data.values()))).column_names
+        names = training_split(data).column_names
         free = not {"text", "text_pair"} & set(columns or {}) and "text_pair" not in chosen
         if free and chosen["text"] == "sentence" and "question" in names:
             chosen |= {"text": "question", "text_pair": "sentence"}
@@ -96,7 +97,7 @@ def _problem_type(data: DatasetDict, column: str, model: PreTrainedModel | Pretr
         return stated
     if config is not None and config.num_labels == 1:
         return "regression"
-    first = data["train"] if "train" in data else next(iter(data.values()))
+    first = training_split(data)
     if any(isinstance(value, list | tuple) for value in first[column]):
         return "multi_label_classification"
     if any(isinstance(value, float) and not value.is_integer() for value in flatten(first[column])):

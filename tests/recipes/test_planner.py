@@ -230,6 +230,8 @@ def test_how_it_is_trained_where_tokens_are_dropped():
     pruned, adapted = settings(ENCODER, "prune"), settings(ENCODER, "adapt")
     for taught in (pruned.methods["distillation"], adapted.methods["distillation"]):
         assert (taught["temperature"], taught["task_loss_weight"]) == (4.0, 0.0)
+    assert settings(ENCODER, "search").bf16
+    assert not settings(dataclasses.replace(ENCODER, bf16=False), "search").bf16
     assert adapted.teacher == "finetune" and adapted.methods["length_adaptive"]["layer_drop"] == 0.0
 
 

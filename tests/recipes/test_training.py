@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.recipes import load_recipe, run_recipe
+from optimum_flexcompress.recipes.stages.training import usual_learning_rate
 from optimum_flexcompress.structure import ModelStructure
+from optimum_flexcompress.tasks import get_task
 from optimum_flexcompress.trainer import FlexCompressTrainer
 
 
@@ -64,6 +67,27 @@ def weights(folder):
 
 def load(folder):
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_a_learning_rate_that_is_left_out_goes_by_the_width(compress, model_folder):
+    width = transformers.AutoConfig.from_pretrained(model_folder).hidden_size
+    said = compress(RECIPE.replace("learning_rate: 1e-3, ", ""), "stages.distill.max_steps=1")[1]
+    assert f"finetune: learning rate 0.0002, for a model of {width} dims" in said
+    assert "distill: learning rate" not in said
+    assert (usual_learning_rate(512), usual_learning_rate(768)) == (2e-4, 5e-5)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="attention is fused on accelerators")
+def test_attention_is_plain_where_bfloat16_trains_on_a_cpu(compress, model_folder):
+    def attention(arguments):
+        recipe = load_recipe("distil-int8", [f"stages.finetune.arguments={arguments}"])
+        context = SimpleNamespace(task=get_task("text-classification"))
+        return recipe.stages[0].stage.load_for_training(context, model_folder).config._attn_implementation
+
+    assert (attention("{bf16: true}"), attention("{}")) == ("eager", "sdpa")
+    result, _ = compress(RECIPE, "stages.finetune.arguments={bf16: true}", "stages.finetune.max_steps=2")
+    # It is how the model is trained, and none of its properties.
+    assert load(result.folders["finetune"]).config._attn_implementation == "sdpa"
 
 
 def test_writes_a_teacher_and_a_smaller_student(compress):

@@ -112,6 +112,14 @@ def test_the_metric_is_that_of_the_model_with_these_lengths():
     assert len({point.metric for point in front.scored}) > 1
 
 
+def test_bfloat16_changes_the_scores_and_nothing_else():
+    fine, coarse = search(metric="loss"), search(metric="loss", bf16=True)
+    assert [point.cost for point in coarse.scored] == [point.cost for point in fine.scored]
+    pairs = [(point.metric, other.metric) for point, other in zip(coarse.scored, fine.scored, strict=True)]
+    assert all(one == pytest.approx(other, rel=0.02) for one, other in pairs)
+    assert any(one != pytest.approx(other, rel=1e-5) for one, other in pairs)
+
+
 def test_a_second_call_scores_nothing_again(tmp_path, monkeypatch):
     calls = []
     original = length_scoring.LengthScorer.__call__
@@ -136,6 +144,7 @@ def test_a_second_call_scores_nothing_again(tmp_path, monkeypatch):
         {"metric": "f1"},
         {"model": classifier(seed=1)},
         {"unit": "fractions"},
+        {"bf16": True},
     ]
     for count, change in enumerate(others, start=1):
         search(output=tmp_path / "front", trials=1, **change)
@@ -377,6 +386,7 @@ def test_hold_out_parts_as_the_search_does():
         ({"split": "dev"}, r"no split 'dev'"),
         ({"metric": "rouge"}, r"no metric 'rouge' on these examples; there are accuracy"),
         ({"metric": "loss", "runtime": "ort"}, r"computed in PyTorch only: .* --runtime pytorch"),
+        ({"bf16": True, "runtime": "ort"}, r"bf16 \(--bf16\) is for the runtime pytorch, not ort: leave one"),
         ({"trials": 0}, r"trials \(--trials\) is 0"),
         ({"batch_size": 0}, r"batch_size \(--batch-size\) is 0: give a whole number of at least 1"),
         ({"latency_batch_size": 0}, r"latency_batch_size \(--latency-batch-size\) is 0"),

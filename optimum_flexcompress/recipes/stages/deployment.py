@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import FlexCompressError
+from ...evaluation.limits import check_threads, check_timing
 from ...token_dropping import FULL
 from .base import Stage, StageContext, model_of, register_stage
 from .lengths import Pick
@@ -228,18 +229,8 @@ class BenchmarkSettings:
     memory: bool = True
 
     def __post_init__(self):
-        for name in ("batch_sizes", "lengths"):
-            values = getattr(self, name)
-            if values is not None and (not values or min(values) < 1):
-                raise FlexCompressError(f"{name} must be one or more numbers from 1, not {values}.")
-        if self.rounds < 3:
-            raise FlexCompressError(f"rounds must be at least 3, not {self.rounds}, for a median and a spread.")
-        if self.stream_rows < 0:
-            raise FlexCompressError(f"stream_rows must be at least 0, not {self.stream_rows}.")
-        if self.threads is not None and self.threads < 1:
-            raise FlexCompressError(f"threads must be at least 1, not {self.threads}.")
-        if not self.max_seconds > 0:
-            raise FlexCompressError(f"max_seconds must be more than 0, not {self.max_seconds}.")
+        check_timing(self.batch_sizes, self.lengths, self.rounds, self.stream_rows, self.max_seconds)
+        check_threads(self.threads)
 
 
 @register_stage("benchmark")

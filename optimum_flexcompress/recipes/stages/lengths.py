@@ -113,6 +113,7 @@ class SearchSettings:
         batch_size: Examples at a time while scoring.
         latency_batch_size: Rows of the batch that is timed.
         threads: Threads for PyTorch and ONNX Runtime.
+        bf16: Score in bfloat16, which is faster on a processor that computes in it; "pytorch" only.
     """
 
     model: str = "adapt"
@@ -127,8 +128,11 @@ class SearchSettings:
     batch_size: int = 32
     latency_batch_size: int = 32
     threads: int | None = None
+    bf16: bool = False
 
     def __post_init__(self):
+        if self.bf16 and self.runtime != "pytorch":
+            raise FlexCompressError(f"bf16 is for the runtime pytorch, not {self.runtime}: leave one of them out.")
         for name, least in (("samples", 1), ("population", 2), ("trials", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise FlexCompressError(f"{name} must be at least {least}, not {getattr(self, name)}.")
@@ -198,6 +202,7 @@ class Search(Stage):
             batch_size=settings.batch_size,
             latency_batch_size=settings.latency_batch_size,
             threads=settings.threads,
+            bf16=settings.bf16,
             seed=context.seed,
             say=say,
         )

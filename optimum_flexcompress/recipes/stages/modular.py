@@ -56,6 +56,8 @@ class Modular(TrainingStage):
     Settings = ModularSettings
     settings: ModularSettings
     produces = "modular checkpoint"
+    # The modules are new, and what they stand beside is not trained.
+    rate_factor = 2.0
 
     def inputs(self) -> list[str]:
         """See the base class."""

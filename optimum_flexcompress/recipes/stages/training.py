@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import FlexCompressError, nearest
 from ...tasks import has_head
+from ..allocator import keeping_freed_memory, keeps_freed_memory
 from .base import INPUT, Stage, StageContext, model_of, register_stage
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedModel, Trainer, TrainerCallback
 
     from ...tasks import Prepared
 
@@ -27,8 +28,37 @@ _CHECKPOINTS_KEPT = 2
 _RESERVED = ("output_dir", "seed", "data_seed", "resume_from_checkpoint", "overwrite_output_dir")
 # What configurations call the dropout on attention maps.
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+SMALL_WIDTH = 512
 # What `Trainer.evaluate` measures beside the task's metrics.
 _TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch", "loss")
+
+
+def usual_learning_rate(width: int) -> float:
+    """Highest learning rate where nobody has said which: small models learn little from that of large ones.
+
+    Args:
+        width: The model's hidden size.
+    """
+    return 2e-4 if width <= SMALL_WIDTH else 5e-5
+
+
+def attention_options() -> dict[str, str]:
+    """For a loader, where bfloat16 trains on a CPU.
+
+    The backward pass of PyTorch's fused kernel is slow there, slower than that of plain attention, as long as the memory
+    of the maps is kept from step to step (examples/benchmarks/cpu_training.py).
+    """
+    return {"attn_implementation": "eager"} if keeps_freed_memory() else {}
+
+
+def _after_each_step(function: Callable[[], None]) -> TrainerCallback:
+    from transformers import TrainerCallback
+
+    class AfterEachStep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            function()
+
+    return AfterEachStep()
 
 
 @dataclass
@@ -38,7 +68,8 @@ class TrainingSettings:
     Attributes:
         epochs: Passes over the training data.
         max_steps: Stop after this many optimiser steps instead.
-        learning_rate: Highest learning rate.
+        learning_rate: Highest learning rate; where left out, [`usual_learning_rate`] for the width of the model that
+            is trained.
         batch_size: Examples per step and device.
         eval_batch_size: Examples per evaluation step and device.
         gradient_accumulation_steps: Backward passes per optimiser step.
@@ -54,7 +85,7 @@ class TrainingSettings:
 
     epochs: float = 3.0
     max_steps: int | None = None
-    learning_rate: float = 5e-5
+    learning_rate: float | None = None
     batch_size: int = 32
     eval_batch_size: int = 64
     gradient_accumulation_steps: int = 1
@@ -68,8 +99,9 @@ class TrainingSettings:
 
     def __post_init__(self):
         for name in ("epochs", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise FlexCompressError(f"{name} must be greater than 0 and finite, not {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise FlexCompressError(f"{name} must be greater than 0 and finite, not {value}.")
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "checkpoints"):
             if getattr(self, name) < 1:
                 raise FlexCompressError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -99,11 +131,13 @@ class TrainingStage(Stage):
 
     Attributes:
         logging_steps: How often the trainer logs, as a share of all steps.
+        rate_factor: What [`usual_learning_rate`] is multiplied with.
         log_history: What it has logged, once `train` has run.
     """
 
     settings: TrainingSettings
     logging_steps: ClassVar[float] = 0.1
+    rate_factor: ClassVar[float] = 1.0
     log_history: Sequence[Mapping[str, Any]] = ()
 
     def check_arguments(self) -> None:
@@ -137,8 +171,10 @@ class TrainingStage(Stage):
         MethodRunner(config, teacher).validate(context, None, None)
 
     def load_for_training(self, context: StageContext, source: str | Path, **options: Any) -> PreTrainedModel:
-        """The model of a folder, with the dropout that the settings ask for."""
+        """The model of a folder, with the dropout that the settings ask for, and the faster kind of attention."""
         dropout = self.settings.attention_dropout
+        if self.settings.arguments.get("bf16"):
+            options |= attention_options()
         if dropout is not None:
             config = load_config(source)
             options |= {name: dropout for name in ATTENTION_DROPOUT if hasattr(config, name)}
@@ -177,7 +213,7 @@ class TrainingStage(Stage):
         # The steps before this point may or may not have drawn random numbers (a new head, say).
         set_seed(context.seed)
         trainer_class = FlexCompressSeq2SeqTrainer if prepared.generation else FlexCompressTrainer
-        arguments = self.training_arguments(context, prepared)
+        arguments = self.training_arguments(context, prepared, model)
         try:
             trainer = trainer_class(
                 model=model,
@@ -197,27 +233,36 @@ class TrainingStage(Stage):
         checkpoint = last_checkpoint(context.scratch)
         if checkpoint is not None:
             context.say(f"{context.name}: going on from {checkpoint.name}")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        self.log_history = trainer.state.log_history
-        metrics = {}
-        if prepared.compute_metrics is not None:
-            metrics = evaluate(trainer, prepared.dataset[select_split(prepared.dataset)])
+        with keeping_freed_memory() as kept:
+            if kept is not None:
+                trainer.add_callback(_after_each_step(kept.step))
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self.log_history = trainer.state.log_history
+            metrics = {}
+            if prepared.compute_metrics is not None:
+                metrics = evaluate(trainer, prepared.dataset[select_split(prepared.dataset)])
         trainer.save_model(str(context.output))
         # A pickle of the arguments, which nobody needs to load the model.
         (context.output / "training_args.bin").unlink(missing_ok=True)
         processor.save_pretrained(context.output)
         return metrics
 
-    def training_arguments(self, context: StageContext, prepared: Prepared) -> Any:
+    def training_arguments(self, context: StageContext, prepared: Prepared, model: PreTrainedModel) -> Any:
         """The settings as `TrainingArguments`."""
         import torch
         from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-        settings = self.settings
+        from ...architectures import describe
+
+        settings, rate = self.settings, self.settings.learning_rate
+        if rate is None:
+            width = describe(model).hidden_size
+            rate = self.rate_factor * usual_learning_rate(width)
+            context.say(f"{context.name}: learning rate {rate:g}, for a model of {width} dims")
         chosen = {
             "num_train_epochs": settings.epochs,
             "max_steps": settings.max_steps or -1,
-            "learning_rate": settings.learning_rate,
+            "learning_rate": rate,
             "per_device_train_batch_size": settings.batch_size,
             "per_device_eval_batch_size": settings.eval_batch_size,
             "gradient_accumulation_steps": settings.gradient_accumulation_steps,
