@@ -100,7 +100,8 @@ def _connect(url: str, options: dict[str, Any]) -> optuna.storages.RDBStorage:
         try:
             storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
             if url.startswith("sqlite"):
-                sql.event.listen(storage.engine, "connect", _without_waiting_for_the_disk)
+                sql.event.listen(storage.engine, "connect", _set_up_sqlite)
+                sql.event.listen(storage.engine, "begin", _begin_alone)
                 storage.engine.dispose()
             _TABLES.create_all(storage.engine)
             return storage
@@ -118,10 +119,21 @@ def close_storage(storage: optuna.storages.RDBStorage) -> None:
     storage.engine.dispose()
 
 
-def _without_waiting_for_the_disk(connection: Any, _: Any) -> None:
-    """Survives a killed process as before, and lets others read meanwhile; a power cut may cost the last scores."""
+def _set_up_sqlite(connection: Any, _: Any) -> None:
+    """Survives a killed process as before without waiting for the disk; a power cut may cost the last scores."""
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
+    # Or else the driver begins a transaction at its first change, after what was read to decide on it.
+    connection.isolation_level = None
+
+
+def _begin_alone(connection: sql.Connection) -> None:
+    """Lets no other worker in between what a transaction reads and what it writes.
+
+    Optuna takes a waiting trial by reading its state with a row lock, which SQLite does not have: without this, two
+    workers could take the same one.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 @contextlib.contextmanager

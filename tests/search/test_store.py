@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
 
+import optuna
 import pytest
 
 from optimum_flexcompress import FlexCompressError
 from optimum_flexcompress.search import store as stores
-from optimum_flexcompress.search.store import Score, ScoreStore, explained, open_storage
+from optimum_flexcompress.search.store import Score, ScoreStore, close_storage, explained, open_storage
 
 
 @pytest.fixture
@@ -116,3 +118,31 @@ def test_who_gives_signs_of_life_keeps_the_claim(url, monkeypatch):
         assert mine.take_abandoned() == []
     time.sleep(1.1)
     assert mine.take_abandoned() == ["[1]"]
+
+
+def test_two_workers_do_not_take_the_same_waiting_trial(url, monkeypatch):
+    study = optuna.create_study(storage=open_storage(url), study_name="a")
+    study.enqueue_trial({"x": 1})
+    both = threading.Barrier(2)
+    check = optuna.storages.RDBStorage.check_trial_is_updatable
+
+    def check_and_wait(self, *args):
+        # After a worker has read the state of a trial, before it writes it: let the other one read it, too.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=0.5)
+        return check(self, *args)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "check_trial_is_updatable", check_and_wait)
+
+    def take():
+        storage = open_storage(url)
+        taken.append(storage.set_trial_state_values(1, optuna.trial.TrialState.RUNNING))
+        close_storage(storage)
+
+    taken = []
+    workers = [threading.Thread(target=take) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(taken) == [False, True]
