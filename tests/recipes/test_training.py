@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from optimum_flexcompress.errors import FlexCompressError
+from optimum_flexcompress.recipes import dropout as dropouts
 from optimum_flexcompress.recipes import load_recipe, run_recipe
 from optimum_flexcompress.recipes.allocator import keeps_freed_memory
 from optimum_flexcompress.recipes.stages.training import usual_learning_rate
@@ -78,14 +79,26 @@ def test_a_learning_rate_that_is_left_out_goes_by_the_width(compress, model_fold
     assert (usual_learning_rate(512), usual_learning_rate(768)) == (2e-4, 5e-5)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="accelerators have a fast dropout of their own")
+def test_dropout_is_fast_while_a_cpu_trains(compress, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dropouts, "dropout", lambda values, p: calls.append(p) or values * 1)
+    compress(RECIPE, "stages.finetune.max_steps=2", "stages.distill.skip=true")
+    # Embeddings and, in each of four layers, attention maps and two outputs; then the head. Twice.
+    assert len(calls) == 2 * (1 + 4 * 3 + 1) and set(calls) == {0.1}
+
+
 @pytest.mark.skipif(not keeps_freed_memory(), reason="attention is plain only where freed memory can be kept")
-def test_attention_is_plain_where_bfloat16_trains_on_a_cpu(compress, model_folder):
-    def attention(arguments):
-        recipe = load_recipe("distil-int8", [f"stages.finetune.arguments={arguments}"])
+def test_attention_is_plain_where_a_cpu_trains_with_bfloat16_or_dropout(compress, model_folder):
+    def attention(*settings):
+        recipe = load_recipe("distil-int8", [f"stages.finetune.{setting}" for setting in settings])
         context = SimpleNamespace(task=get_task("text-classification"))
         return recipe.stages[0].stage.load_for_training(context, model_folder).config._attn_implementation
 
-    assert (attention("{bf16: true}"), attention("{}")) == ("eager", "sdpa")
+    assert transformers.AutoConfig.from_pretrained(model_folder).attention_probs_dropout_prob > 0
+    assert attention() == attention("attention_dropout=0.2") == "eager"
+    assert attention("attention_dropout=0") == "sdpa"
+    assert attention("attention_dropout=0", "arguments={bf16: true}") == "eager"
     result, _ = compress(RECIPE, "stages.finetune.arguments={bf16: true}", "stages.finetune.max_steps=2")
     # It is how the model is trained, and none of its properties.
     assert load(result.folders["finetune"]).config._attn_implementation == "sdpa"

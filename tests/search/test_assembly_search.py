@@ -179,7 +179,9 @@ def test_the_command_searches_assemblies_of_a_modular_checkpoint(bert, tmp_path,
             return end.code
         return 0
 
-    assert run("--unit", "counts") == 1
-    assert "is a modular checkpoint" in capsys.readouterr().err
+    for option in (["--unit", "counts"], ["--runtime", "ort"], ["--bf16"]):
+        assert run(*option) == 1
+        said = capsys.readouterr().err
+        assert "is a modular checkpoint" in said and f"leave {option[0]} out" in said
     assert run("--trials", "4", "--population", "2", "--metric", "loss", "--max-cost", "100%") == 0
     assert "picked: encoder: " in capsys.readouterr().out

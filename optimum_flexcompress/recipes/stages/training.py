@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -43,10 +44,10 @@ def usual_learning_rate(width: int) -> float:
 
 
 def attention_options() -> dict[str, str]:
-    """For a loader, where bfloat16 trains on a CPU.
+    """For a loader, where bfloat16 or dropout on attention maps trains on a CPU.
 
-    The backward pass of PyTorch's fused kernel is slow there, slower than that of plain attention, as long as the memory
-    of the maps is kept from step to step (examples/benchmarks/cpu_training.py).
+    The backward pass of PyTorch's fused kernel is slow there in bfloat16, and with dropout there is none: plain attention
+    is faster, as long as the memory of the maps is kept from step to step (examples/benchmarks/cpu_training.py).
     """
     return {"attn_implementation": "eager"} if keeps_freed_memory() else {}
 
@@ -172,12 +173,13 @@ class TrainingStage(Stage):
 
     def load_for_training(self, context: StageContext, source: str | Path, **options: Any) -> PreTrainedModel:
         """The model of a folder, with the dropout that the settings ask for, and the faster kind of attention."""
-        dropout = self.settings.attention_dropout
-        if self.settings.arguments.get("bf16"):
-            options |= attention_options()
+        dropout, config = self.settings.attention_dropout, load_config(source)
+        own = {name: getattr(config, name) for name in ATTENTION_DROPOUT if hasattr(config, name)}
         if dropout is not None:
-            config = load_config(source)
-            options |= {name: dropout for name in ATTENTION_DROPOUT if hasattr(config, name)}
+            own = dict.fromkeys(own, dropout)
+            options |= own
+        if self.settings.arguments.get("bf16") or any(own.values()):
+            options |= attention_options()
         return context.task.load_model(source, **options)
 
     def train(
@@ -204,6 +206,7 @@ class TrainingStage(Stage):
 
         from ...data import select_split
         from ...trainer import FlexCompressSeq2SeqTrainer, FlexCompressTrainer
+        from ..dropout import fast_dropout
 
         if "train" not in prepared.dataset:
             raise FlexCompressError(
@@ -233,7 +236,9 @@ class TrainingStage(Stage):
         checkpoint = last_checkpoint(context.scratch)
         if checkpoint is not None:
             context.say(f"{context.name}: going on from {checkpoint.name}")
-        with keeping_freed_memory() as kept:
+        # A compiler has a dropout of its own.
+        compiled = self.settings.arguments.get("torch_compile", False)
+        with keeping_freed_memory() as kept, contextlib.nullcontext() if compiled else fast_dropout():
             if kept is not None:
                 trainer.add_callback(_after_each_step(kept.step))
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
