@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .errors import FlexCompressError
 
@@ -16,7 +17,7 @@ def check_output_folder(
     path: str | os.PathLike,
     overwrite: bool = False,
     *,
-    source: str | os.PathLike | None = None,
+    source: Any = None,
     option: str = "-o/--output",
     advice: str = "choose another folder, or add --overwrite to replace it",
 ) -> Path:
@@ -25,7 +26,7 @@ def check_output_folder(
     Args:
         path: The folder that is going to be written.
         overwrite: Whether an existing non-empty folder may be replaced.
-        source: What the output is going to be made of, where that is a folder.
+        source: What the output is going to be made of, such as a folder or a file; models in memory are none.
         option: Where the command line takes the path.
         advice: What to do about a folder that is not empty.
 
@@ -37,7 +38,7 @@ def check_output_folder(
             lies in, or cannot be written.
     """
     path = Path(path).expanduser().absolute()
-    if source is not None:
+    if isinstance(source, (str, os.PathLike)):
         origin = Path(source).expanduser().resolve()
         if path.resolve() in (origin, *origin.parents) and origin.exists():
             raise FlexCompressError(

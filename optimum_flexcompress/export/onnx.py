@@ -95,7 +95,7 @@ def export_onnx(
             need, the lengths do not suit the model, the outputs differ from PyTorch's, or `output` cannot be written.
         UnsupportedArchitectureError: The family has no architecture table.
     """
-    output = check_output_folder(output, overwrite=overwrite)
+    output = check_output_folder(output, overwrite=overwrite, source=model)
     if not isinstance(model, PreTrainedModel):
         source = os.fspath(model)
         task = task or infer_task(source)

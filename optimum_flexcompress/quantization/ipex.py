@@ -362,7 +362,7 @@ def quantize_ipex(
     load_ipex()
     if not options.pop("fuse", True):
         raise FlexCompressError("IPEX fuses operators when it runs the model: leave --no-fuse out.")
-    check_output_folder(output, overwrite=overwrite)
+    check_output_folder(output, overwrite=overwrite, source=model)
     config = IPEXQuantizationConfig(mode=mode, target=target, **options)
     quantizer = IPEXQuantizer.from_pretrained(model, task=task, length_config=length_config)
     quantizer.quantize(

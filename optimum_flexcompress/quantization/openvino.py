@@ -166,7 +166,7 @@ def quantize_openvino(
     nncf = import_nncf()
     chosen = find_target(target, mode)
     _check_options(options)
-    output = check_output_folder(output, overwrite=overwrite)
+    output = check_output_folder(output, overwrite=overwrite, source=model)
     if calibration_dataset is None:
         raise FlexCompressError(
             "Int8 for OpenVINO needs calibration examples (calibration_dataset, --dataset): give some."

@@ -139,7 +139,7 @@ def quantize_torchao(
             raise FlexCompressError(f"The backend torchao has no setting {name!r}: leave it out.")
         if name == "per_channel" and not value:
             raise FlexCompressError("The backend torchao has a scale for each output feature: leave --per-tensor out.")
-    check_output_folder(output, overwrite=overwrite)
+    check_output_folder(output, overwrite=overwrite, source=model)
     processors: list[Any] = []
     if not isinstance(model, PreTrainedModel):
         source = Path(model).expanduser()

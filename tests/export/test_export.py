@@ -240,6 +240,14 @@ def test_an_unfit_output_or_model(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_a_model_is_not_replaced_by_its_export(tmp_path):
+    build("bert", "BertModel").save_pretrained(tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FlexCompressError, match="holds what the output is made of, which would be lost"):
+        export_onnx(tmp_path / "model", tmp_path / "model", overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_cache_inputs_have_one_shape_for_each_layer(exported):
     model, folder = exported("llama", "LlamaForCausalLM", "compressed")
     onnx_model = FlexORTModelForCausalLM.from_pretrained(folder)

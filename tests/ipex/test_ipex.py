@@ -225,6 +225,13 @@ def test_relative_positions_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_is_not_replaced_by_its_int8(tmp_path):
+    build("bert", "BertForSequenceClassification").save_pretrained(tmp_path / "model")
+    with pytest.raises(FlexCompressError, match="holds what the output is made of, which would be lost"):
+        quantize_ipex(tmp_path / "model", tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -251,6 +251,13 @@ def test_decoders_are_refused(tmp_path, family, name):
         quantize_openvino(tmp_path / "model", tmp_path / "int8", calibration_dataset=[{"input_ids": [1, 2]}])
 
 
+def test_a_model_is_not_replaced_by_its_int8(tmp_path):
+    make("bert", "BertForSequenceClassification", "stock").save_pretrained(tmp_path / "model")
+    with pytest.raises(FlexCompressError, match="holds what the output is made of, which would be lost"):
+        quantize_openvino(tmp_path / "model", tmp_path, calibration_dataset=[{"input_ids": [1, 2]}], overwrite=True)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("package", ["openvino", "nncf"])
 def test_without_the_extra(classifier, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

@@ -162,6 +162,13 @@ def test_without_the_plugin_it_fails_loudly(tmp_path):
     assert result.returncode != 0 and "size" in result.stderr
 
 
+def test_a_model_is_not_replaced_by_its_int8(tmp_path):
+    build("bert", HEADS["bert"]).save_pretrained(tmp_path / "model")
+    with pytest.raises(FlexCompressError, match="holds what the output is made of, which would be lost"):
+        quantize_torchao(tmp_path / "model", tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
 def test_refusals(tmp_path, monkeypatch):
     model = build("bert", HEADS["bert"])
     with pytest.raises(FlexCompressError, match="choose --mode dynamic, or --backend ort --target tensorrt"):
