@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ...architectures import describe
+from ...architectures import FeedForwardView, describe
 from ...masking import hidden_sites, mask_norm
-from .layout import MaskLayout, Sublayer
+from .layout import FFN, MaskLayout, Sublayer
 from .masks import Counts, VIBMasks
 
 
@@ -26,6 +29,8 @@ class Applied:
         keep: Indicator of what is kept, with its gradient in training, `[size]`.
         hidden: That of the dims of the residual stream, without a gradient, `[hidden size]`.
         counts: What is left of every sub-layer, without a gradient.
+        dims: Once the masks are zeros and ones for good, the inner dims that FFNs keep, by the index of the sub-layer;
+            without those that keep all or nothing.
         drawn: Noisy masks of the residual stream for the sequences of the batch, once they are drawn.
     """
 
@@ -34,6 +39,7 @@ class Applied:
     keep: torch.Tensor
     hidden: torch.Tensor
     counts: Counts
+    dims: dict[int, torch.Tensor] = field(default_factory=dict)
     drawn: torch.Tensor | None = None
 
 
@@ -68,7 +74,8 @@ class MaskHooks:
     A head or FFN dim is scaled before the projection that reads it, and so is a whole sub-layer; the residual stream
     where embeddings and sub-layers write to it. A sub-layer of which nothing is left writes nothing, its bias
     included, and norms run over what is left of the residual stream. All that is hard in training too, and what is
-    off is silent, so that training and evaluation differ in the noise alone.
+    off is silent, so that training and evaluation differ in the noise alone. Once the masks are frozen, FFNs compute
+    the dims that they keep and no others, while their parameters, which optimizers and checkpoints know, stay whole.
 
     Args:
         masks: The masks.
@@ -87,6 +94,8 @@ class MaskHooks:
         self.loss_scale = 1.0
         """What multiplies the loss before the backward pass, in half precision."""
         self._handles: list[Any] = []
+        self._narrowed: list[nn.Module] = []
+        self._narrow_parts: set[int] = set()
         self._applied: Applied | None = None
         self._evaluated: tuple[tuple, Applied] | None = None
 
@@ -99,9 +108,13 @@ class MaskHooks:
         self._handles.append(model.register_forward_pre_hook(self._start))
         for index, part in enumerate(layout.sublayers):
             sublayer = getattr(view.stacks[part.stack].layers[part.layer], part.kind)
-            output = sublayer.down if part.kind == "ffn" else sublayer.o
+            output = sublayer.down if part.kind == FFN else sublayer.o
             self._handles.append(output.register_forward_pre_hook(self._scale_units(part)))
             self._handles.append(output.register_forward_hook(self._switch(index)))
+            if part.kind == FFN and all(
+                type(module) in (nn.Linear, Conv1D) for module in (*sublayer.up, sublayer.down)
+            ):
+                self._narrow(index, sublayer)
         if "hidden" in layout.kinds:
             sites = hidden_sites(view)
             self._handles += [module.register_forward_hook(self._scale_hidden) for module in sites.scaled]
@@ -112,7 +125,9 @@ class MaskHooks:
         """Takes the hooks away."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for module in self._narrowed:
+            vars(module).pop("forward", None)
+        self._handles, self._narrowed, self._narrow_parts = [], [], set()
         self._applied = self._evaluated = None
 
     @property
@@ -149,7 +164,14 @@ class MaskHooks:
     def _hard(self) -> Applied:
         masks = self.masks
         keep = (masks.scores() > 0).to(masks.mu.dtype)
-        return Applied(masks.evaluation_values(), None, keep, keep[: masks.layout.hidden], masks.counts(keep))
+        values, dims = masks.evaluation_values(), {}
+        if self.frozen:
+            for index in self._narrow_parts:
+                part = masks.layout.sublayers[index]
+                kept = values[part.start : part.stop].nonzero().squeeze(1)
+                if 0 < len(kept) < part.units and values[part.gate]:
+                    dims[index] = kept
+        return Applied(values, None, keep, keep[: masks.layout.hidden], masks.counts(keep), dims)
 
     # Hooks
 
@@ -165,9 +187,37 @@ class MaskHooks:
         samples = like.shape[0] * self.batches / self.loss_scale
         return _NoisyMask.apply(values, self.masks.log_variance[part], applied.sigma[part], noise, samples)
 
+    def _narrow(self, index: int, ffn: FeedForwardView) -> None:
+        modules = [*ffn.up, ffn.down]
+        if any("forward" in vars(module) for module in modules):
+            # Somebody else's, who may count on all dims.
+            return
+        for module in modules:
+            # Bound, so that copies of the model are about themselves.
+            module.forward = types.MethodType(self._compute_kept(index, "in" if module is ffn.down else "out"), module)
+        self._narrowed += modules
+        self._narrow_parts.add(index)
+
+    def _compute_kept(self, index: int, side: str) -> Callable:
+        def forward(module: nn.Linear | Conv1D, states: torch.Tensor) -> torch.Tensor:
+            kept = None if self._noisy else self.applied.dims.get(index)
+            # Adapters may have taken the place of what feeds it.
+            if kept is None or (side == "in" and states.shape[-1] != len(kept)):
+                return type(module).forward(module, states)
+            weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+            if side == "in":
+                return functional.linear(states, weight.index_select(1, kept), module.bias)
+            bias = None if module.bias is None else module.bias.index_select(0, kept)
+            return functional.linear(states, weight.index_select(0, kept), bias)
+
+        return forward
+
     def _scale_units(self, part: Sublayer) -> Callable:
         def hook(_module: nn.Module, args: tuple) -> tuple:
             states = args[0]
+            if states.shape[-1] < part.units * part.width:
+                # What is kept and nothing else, all with a factor of 1.
+                return args
             factors = self._factors(part.start, part.stop, states)
             if part.width > 1:
                 factors = factors.repeat_interleave(part.width, -1)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.masking import fold, mask_norm, masked
 from optimum_flexcompress.methods.vib.hooks import MaskHooks
 from optimum_flexcompress.methods.vib.masks import EPSILON, VIBMasks, as_masks
 from optimum_flexcompress.surgery import select
-from tests.methods.vib.helpers import layout_of, random_masks
+from tests.methods.vib.helpers import KINDS, layout_of, random_masks
 from tests.tiny import ALL, build, inputs_for, outputs_of
 
 
@@ -122,6 +123,62 @@ def test_evaluation_is_the_finalised_model(family, name):
         if value.shape != actual[key].shape:
             value = value[..., found.kept().hidden]
         torch.testing.assert_close(actual[key], value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "bart", "vit"])
+@pytest.mark.parametrize("kinds", [KINDS, ("heads", "ffn")], ids=["all", "plain"])
+def test_frozen_ffns_compute_what_they_keep_and_nothing_else(family, kinds):
+    model = build(family, dict(ALL)[family])
+    masks = random_masks(model, seed=4, kinds=kinds)
+    layout = masks.layout
+    ffns = [index for index, part in enumerate(layout.sublayers) if part.kind == "ffn"]
+    values = (masks.evaluation_values() != 0).to(masks.mu)
+    # The first is whole, the second is gone, by its dims here and by its gate below.
+    first, second = (layout.sublayers[index] for index in ffns[:2])
+    values[first.start : first.stop] = values[first.gate] = 1
+    values[second.start : second.stop] = 0
+    for part in (layout.sublayers[index] for index in ffns[2:]):
+        values[part.start : part.stop][0], values[part.start : part.stop][1], values[part.gate] = 1, 0, 1
+    masks.harden(values)
+    hooks = MaskHooks(masks, 0.4, per_token=False)
+    hooks.attach(model)
+    inputs = inputs_for(model)
+    widths = {}
+    for index in ffns:
+        part = layout.sublayers[index]
+        down = describe(model).stacks[part.stack].layers[part.layer].ffn.down
+        hook = down.register_forward_pre_hook(
+            lambda _module, args, index=index: widths.__setitem__(index, args[0].shape[-1])
+        )
+        hooks._handles.append(hook)
+
+    def trained(model=model):
+        model.zero_grad()
+        outputs = {key: value for key, value in model(**inputs).items() if torch.is_tensor(value)}
+        sum(value.square().sum() for value in outputs.values()).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return outputs, {name: value.clone() for name, value in gradients.items() if value is not None}
+
+    # In evaluation mode nothing but the masks differs: there is no dropout, and no noise.
+    model.eval()
+    wide = trained()
+    assert set(widths.values()) == {first.units}
+    hooks.frozen = True
+    kept = [int(values[layout.sublayers[index].start : layout.sublayers[index].stop].sum()) for index in ffns]
+    assert sum(0 < count < first.units for count in kept) == len(ffns) - 2 > 0
+    torch.testing.assert_close(trained(), wide, atol=1e-5, rtol=1e-4)
+    for mode in (True, False):
+        trained(model.train(mode))
+        assert [widths[index] for index in ffns] == [count or first.units for count in kept]
+    if "hidden" not in kinds:
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        # A copy is about its own weights.
+        torch.testing.assert_close(trained(copied)[0], wide[0], atol=1e-5, rtol=1e-4)
+    hooks.detach()
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "bart", "vit"])
