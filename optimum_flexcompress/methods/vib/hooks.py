@@ -95,7 +95,6 @@ class MaskHooks:
         """What multiplies the loss before the backward pass, in half precision."""
         self._handles: list[Any] = []
         self._narrowed: list[nn.Module] = []
-        self._narrow_parts: set[int] = set()
         self._applied: Applied | None = None
         self._evaluated: tuple[tuple, Applied] | None = None
 
@@ -111,9 +110,7 @@ class MaskHooks:
             output = sublayer.down if part.kind == FFN else sublayer.o
             self._handles.append(output.register_forward_pre_hook(self._scale_units(part)))
             self._handles.append(output.register_forward_hook(self._switch(index)))
-            if part.kind == FFN and all(
-                type(module) in (nn.Linear, Conv1D) for module in (*sublayer.up, sublayer.down)
-            ):
+            if part.kind == FFN:
                 self._narrow(index, sublayer)
         if "hidden" in layout.kinds:
             sites = hidden_sites(view)
@@ -127,7 +124,7 @@ class MaskHooks:
             handle.remove()
         for module in self._narrowed:
             vars(module).pop("forward", None)
-        self._handles, self._narrowed, self._narrow_parts = [], [], set()
+        self._handles, self._narrowed = [], []
         self._applied = self._evaluated = None
 
     @property
@@ -166,10 +163,9 @@ class MaskHooks:
         keep = (masks.scores() > 0).to(masks.mu.dtype)
         values, dims = masks.evaluation_values(), {}
         if self.frozen:
-            for index in self._narrow_parts:
-                part = masks.layout.sublayers[index]
+            for index, part in enumerate(masks.layout.sublayers):
                 kept = values[part.start : part.stop].nonzero().squeeze(1)
-                if 0 < len(kept) < part.units and values[part.gate]:
+                if part.kind == FFN and 0 < len(kept) < part.units and values[part.gate]:
                     dims[index] = kept
         return Applied(values, None, keep, keep[: masks.layout.hidden], masks.counts(keep), dims)
 
@@ -189,18 +185,17 @@ class MaskHooks:
 
     def _narrow(self, index: int, ffn: FeedForwardView) -> None:
         modules = [*ffn.up, ffn.down]
-        if any("forward" in vars(module) for module in modules):
-            # Somebody else's, who may count on all dims.
+        # A forward of somebody else's may count on all dims.
+        if any(type(module) not in (nn.Linear, Conv1D) or "forward" in vars(module) for module in modules):
             return
         for module in modules:
             # Bound, so that copies of the model are about themselves.
             module.forward = types.MethodType(self._compute_kept(index, "in" if module is ffn.down else "out"), module)
         self._narrowed += modules
-        self._narrow_parts.add(index)
 
     def _compute_kept(self, index: int, side: str) -> Callable:
         def forward(module: nn.Linear | Conv1D, states: torch.Tensor) -> torch.Tensor:
-            kept = None if self._noisy else self.applied.dims.get(index)
+            kept = self.applied.dims.get(index)
             # Adapters may have taken the place of what feeds it.
             if kept is None or (side == "in" and states.shape[-1] != len(kept)):
                 return type(module).forward(module, states)
