@@ -97,6 +97,38 @@ with keeping_freed_memory() as kept:
     assert found["needed"] > 0.9 * found["grown again"] > 1.5 * found["given back"]
 
 
+def huge_pages_on_advice():
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
+            return "[madvise]" in file.read()
+    except FileNotFoundError:
+        return False
+
+
+@on_a_cpu
+@pytest.mark.skipif(not huge_pages_on_advice(), reason="the kernel gives huge pages to all or to nobody")
+def test_pages_are_huge():
+    found = found_by("""
+def huge():
+    "Megabytes of huge pages while something large is there."
+    piece = torch.zeros(128 << 18).add_(1)
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("AnonHugePages")) >> 10
+found["before"] = huge()
+with keeping_freed_memory() as kept:
+    found["within"] = huge()
+    allocator._SETTLED = 1
+    kept.step()
+    make(4 * resident())
+    kept.step()
+    # What comes after all was given back.
+    found["again"] = huge()
+found["after"] = huge()
+""")
+    assert found["before"] == found["after"] == 0
+    assert found["within"] > 96 and found["again"] > 96
+
+
 @on_a_cpu
 def test_it_ends_with_an_error():
     found = found_by("""
