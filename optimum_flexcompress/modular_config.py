@@ -106,6 +106,9 @@ class ModularConfig(MethodConfig):
     def theseus(cls, granularity: int = 2, **settings) -> ModularConfig:
         """BERT-of-Theseus (arXiv 2002.02925): one granularity, the task loss alone, a rate that rises to 1.
 
+        Two things differ from the paper: modules start as the first layer of what they stand for, not as the first layers
+        of the model, and every route has a module, since one without any would teach nothing.
+
         Args:
             granularity: How many layers a successor stands for.
             **settings: Other fields, such as `replacing_rate`.

@@ -82,6 +82,10 @@ class Cells:
         print(f"-- {name}: {shown}", flush=True)
         return found
 
+    def forget(self, name: str) -> None:
+        """Has a cell run again the next time that it is wanted."""
+        self._path(name).unlink(missing_ok=True)
+
     def _keep(self, name: str, cell: dict[str, Any]) -> None:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def generation_latency(
     rows: dict[str, torch.Tensor],
     new_tokens: int,
     threads: int,
-    rounds: int = 7,
+    rounds: int = 15,
     max_seconds: float = 150.0,
 ) -> dict[str, Any]:
     """Times generation of a fixed number of tokens, side by side, greedy and with four beams.

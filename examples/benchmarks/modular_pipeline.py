@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -263,12 +266,23 @@ class Plan:
 
         return self.cells.run(comparison(method, ratio, budget, strategy), run)
 
-    def folders(self) -> dict[str, Path]:
-        """The full model and all assembled ones."""
-        found = {"full": Path(self.full()["folder"])}
-        for ratio in RATIOS:
-            for strategy in STRATEGIES:
-                found[f"{strategy} {ratio:g}"] = Path(self.assembled(strategy, ratio, model=True)["folder"])
+    def folders(self, temporary: Path) -> dict[str, Path]:
+        """The full model and all assembled ones, to be timed.
+
+        Where the trained ones are gone, models of the same sizes take their place: how long a fixed number of tokens
+        takes does not depend on the weights.
+        """
+        wanted = {f"{strategy} {ratio:g}": (strategy, ratio) for ratio in RATIOS for strategy in STRATEGIES}
+        names = ["full", *(f"assembled/{strategy}/{ratio:g}" for strategy, ratio in wanted.values())]
+        if all(self.cells.has_model(name) for name in names):
+            return dict(zip(("full", *wanted), (Path(self.cells.get(name)["folder"]) for name in names), strict=True))
+        set_seed(self.setting.seed)
+        model = self.task.make_model()
+        model.save_pretrained(temporary / "full")
+        untrained, found = ModularModel(model, ModularConfig()), {"full": temporary / "full"}
+        for name, (strategy, ratio) in wanted.items():
+            found[name] = temporary / name
+            untrained.assemble(untrained.choose(strategy, ratio)).save_pretrained(found[name])
         return found
 
 
@@ -321,6 +335,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, steps: int, teache
     parser.add_argument("--test-rows", type=int, help="bound of the rows to score on")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
     parser.add_argument("--threads", type=int, default=environment_info()["usable_cores"])
+    parser.add_argument("--retime", action="store_true", help="measure the latency again")
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--output", type=Path, default=results)
 
@@ -349,24 +364,41 @@ def main(name: str, options: argparse.Namespace, task: Task, facts: dict[str, An
     if not options.show:
         run(plan, options.parts, write)
         if "latency" in options.parts:
-            cells.run(
-                "latency",
-                lambda: generation_latency(plan.folders(), task.example, task.new_tokens, options.threads),
-            )
+            if options.retime:
+                cells.forget("latency")
+            cells.run("latency", lambda: _latency(plan, options.threads))
             write()
-    header, rows, empty = table(plan, f"{name}.py --data DIR")
+    command = without_parts(name, sys.argv[1:])
+    header, rows, empty = table(plan, command)
     print(f"\n{name}: {facts}\n{text_table(header, rows)}")
     print("\n".join(verdicts(plan)))
     latency = cells.get("latency")
     if latency is None:
-        empty.append(f"python examples/benchmarks/{name}.py --data DIR --parts latency")
+        empty.append(f"{command} --parts latency")
     else:
         print(f"\nGeneration of {latency['new_tokens']} tokens from inputs of {latency['input']}")
         print(text_table(*latency_table(latency)))
         speedup = latency["runs"][TITLE]["size-first 6"]["speedup"]
         print(f"6x, {TITLE}: {speedup:.2f}x (at least {TARGET} wanted)")
+        print("size-first and speed-first 6 have the same sizes: what tells them apart is noise")
     for command in empty:
         print(f"  empty: {command}")
+
+
+def _latency(plan: Plan, threads: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        return generation_latency(plan.folders(Path(temporary)), plan.task.example, plan.task.new_tokens, threads)
+
+
+def without_parts(name: str, words: Sequence[str]) -> str:
+    """The command of a script without what says which parts to run, so that another part has the same options."""
+    kept, left_out = [], False
+    for word in words:
+        if word.startswith("--"):
+            left_out = word in ("--parts", "--retime", "--show")
+        if not left_out:
+            kept.append(word)
+    return shlex.join(["python", f"examples/benchmarks/{name}.py", *kept])
 
 
 def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
@@ -399,7 +431,7 @@ def compare(plan: Plan, method: str, ratio: float, budget: str) -> None:
             plan.compared(method, ratio, budget, strategy)
 
 
-def table(plan: Plan, script: str) -> tuple[list[str], list[list[str]], list[str]]:
+def table(plan: Plan, command: str) -> tuple[list[str], list[list[str]], list[str]]:
     """The comparison as far as it has been run.
 
     Returns:
@@ -411,7 +443,7 @@ def table(plan: Plan, script: str) -> tuple[list[str], list[list[str]], list[str
 
     def add(ratio: str, title: str, steps: int, cell: dict[str, Any] | None, part: str) -> None:
         if cell is None:
-            empty.append(f"python examples/benchmarks/{script} --parts {part}")
+            empty.append(f"{command} --parts {part}")
             rows.append([ratio, title, str(steps), *([""] * (len(header) - 3))])
             return
         sizes = ["+".join(map(str, cell["layers"])), f"{cell['parameters'] / 1e6:.2f}"]

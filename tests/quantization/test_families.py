@@ -12,8 +12,10 @@ from onnx import TensorProto
 from transformers import PreTrainedModel
 
 from optimum_flexcompress import FlexORTModelForCausalLM, FlexORTModelForSeq2SeqLM, FlexORTQuantizer
+from optimum_flexcompress.export import export_onnx
 from optimum_flexcompress.export.graph import load_model
 from optimum_flexcompress.quantization import quantize_folder
+from optimum_flexcompress.quantization.examples import calibration_feeds
 from tests.export.exported import KINDS, generate, make, relative_error
 from tests.tasks.toys import word_tokenizer
 from tests.tiny import inputs_for, outputs_of
@@ -115,6 +117,20 @@ def test_the_files_of_an_encoder_decoder(exported, tmp_path):
     for name in names("static"):
         kinds = {node.op_type for node in load_model(tmp_path / "static" / name).graph.node}
         assert "MatMulIntegerToFloat" in kinds and not kinds & {"DynamicQuantizeMatMul", "DynamicQuantizeLinear"}
+
+
+def test_decoders_are_calibrated_on_what_the_model_generates(tmp_path):
+    model = make("bart", "BartForConditionalGeneration", "stock")
+    export_onnx(model, tmp_path)
+    rows = examples(model, 3)
+    feeds = calibration_feeds(sorted(tmp_path.glob("*.onnx")), rows, limit=2, new_tokens=9)
+    decoder, with_past = feeds["decoder_model.onnx"], feeds["decoder_with_past_model.onnx"]
+    assert [len(feed["input_ids"][0]) for feed in feeds["encoder_model.onnx"]] == [5, 6]
+    assert [feed["input_ids"].shape for feed in decoder] == [(1, 1), (1, 1)]
+    # Four of eight steps for each example, early and late, each with the tokens before it in its cache.
+    assert [feed["past_key_values.0.decoder.key"].shape[2] for feed in with_past] == 2 * [1, 3, 6, 8]
+    ids = model.generate(rows[0]["input_ids"][None], max_new_tokens=9, min_new_tokens=9, do_sample=False)[0]
+    assert [feed["input_ids"].item() for feed in with_past[:4]] == [ids[place].item() for place in (1, 3, 6, 8)]
 
 
 def test_a_model_that_ends_at_once_can_be_calibrated(tmp_path):

@@ -7,13 +7,19 @@ import json
 import pytest
 import transformers
 
+from optimum_flexcompress.architectures import describe
 from optimum_flexcompress.errors import FlexCompressError
 from optimum_flexcompress.evaluation.assemblies import draw_against_ratio, draw_assemblies
+from optimum_flexcompress.evaluation.report import Report
 from optimum_flexcompress.methods.modular import MODULES_NAME, ModularModel
 from optimum_flexcompress.methods.modular.strategies import choose
 from optimum_flexcompress.recipes import load_recipe, run_recipe
+from tests.methods.modular.helpers import deep
+from tests.tasks.toys import word_tokenizer
 
 
+SEQ2SEQ = {"t5": "T5ForConditionalGeneration", "bart": "BartForConditionalGeneration"}
+PAIRS = [("the film was good", "good"), ("bad plot", "bad"), ("anna lives in paris", "paris"), ("very good", "good")]
 RECIPE = """\
 data: {max_length: 24}
 stages:
@@ -100,6 +106,36 @@ def test_the_recipe_that_comes_with_the_package():
     recipe = load_recipe("modular", [])
     types = [spec.type for spec in recipe.stages]
     assert types == ["finetune", "modular", "assemble", "assemble", "export", "quantize", "benchmark"]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_the_recipe_that_comes_with_the_package_on_an_encoder_decoder(tmp_path, family):
+    deep(family, SEQ2SEQ[family]).save_pretrained(tmp_path / "model")
+    word_tokenizer(cls_token="[CLS]", eos_token="[SEP]").save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    rows = [{"source": source, "target": target} for source, target in 4 * PAIRS]
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["data.max_length=12", "stages.finetune.epochs=1", "stages.modular.epochs=1"]
+    settings += [
+        f"stages.{stage}.arguments={{use_cpu: true, disable_tqdm: true}}" for stage in ("finetune", "modular")
+    ]
+    settings += ["stages.benchmark.rounds=3", "stages.benchmark.max_seconds=0.05", "stages.benchmark.stream_rows=2"]
+    settings += ["stages.benchmark.memory=false", "stages.benchmark.batch_sizes=[1]"]
+    result = run_recipe(
+        load_recipe("modular", settings),
+        str(tmp_path / "model"),
+        str(tmp_path / "data"),
+        "text2text-generation",
+        tmp_path / "out",
+        say=lambda line: None,
+    )
+    for name, layers in (("half", 3), ("third", 2)):
+        small = transformers.AutoModelForSeq2SeqLM.from_pretrained(result.folders[name])
+        assert {len(stack.layers) for stack in describe(small).stacks.values()} == {layers}
+    report = Report.load(result.folders["benchmark"])
+    assert [model.name for model in report.models] == ["finetune", "half", "third", "export", "quantize"]
+    assert all("chrf" in model.metrics for model in report.models)
 
 
 def test_pictures(tmp_path):

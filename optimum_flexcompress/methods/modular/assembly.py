@@ -169,7 +169,9 @@ def _read_pieces(stack: str, data: Any) -> list[Piece]:
 def _check_stack(name: str, pieces: Sequence[Piece], depth: int, granularities: Sequence[int]) -> None:
     place, before = 0, None
     # What seems to be missing may come further up.
-    order = "; list pieces bottom layer first" if list(pieces) != sorted(pieces, key=lambda p: p.start) else ""
+    in_order = list(pieces) == sorted(pieces, key=lambda p: p.start)
+    order = "list pieces bottom layer first"
+    add = "add what is missing, layer by layer or as a module" if in_order else order
     for piece in pieces:
         if piece.is_module and piece.granularity not in granularities:
             trained = ", ".join(map(str, granularities)) or "no granularity"
@@ -178,21 +180,23 @@ def _check_stack(name: str, pieces: Sequence[Piece], depth: int, granularities: 
                 f"trained for {trained} there: use these, or train again with that one in granularities."
             )
         if piece.stop > depth:
-            raise FlexCompressError(f"The plan has {piece} of the {name}, which has the layers 0 to {depth - 1}.")
+            raise FlexCompressError(
+                f"The plan has {piece} of the {name}, which has the layers 0 to {depth - 1}: take pieces of these."
+            )
         if piece.start > place:
             where = f"between {before} and {piece}" if before is not None else f"before {piece}"
             raise FlexCompressError(
-                f"The plan of the {name} has a gap {where}: nothing stands for {_layers(place, piece.start)}{order}."
+                f"The plan of the {name} has a gap {where}: nothing stands for {_layers(place, piece.start)}; {add}."
             )
         if piece.start < place:
             raise FlexCompressError(
                 f"The plan of the {name} has an overlap: both {before} and {piece} stand for "
-                f"{_layers(piece.start, min(place, piece.stop))}{order}."
+                f"{_layers(piece.start, min(place, piece.stop))}; {'leave one of them out' if in_order else order}."
             )
         place, before = piece.stop, piece
     if place < depth:
         raise FlexCompressError(
-            f"The plan of the {name} has a gap after {before}: nothing stands for {_layers(place, depth)}."
+            f"The plan of the {name} has a gap after {before}: nothing stands for {_layers(place, depth)}; {add}."
         )
 
 

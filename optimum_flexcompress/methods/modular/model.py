@@ -350,7 +350,8 @@ def _class_of(folder: Path) -> type[PreTrainedModel]:
     found = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
     if found is None:
         raise FlexCompressError(
-            f"config.json in {folder} names no model class of Transformers (architectures: {names}): pass model_class."
+            f"config.json in {folder} names no model class of Transformers (architectures: {names}): write one "
+            "there, or pass model_class in Python."
         )
     return found
 
