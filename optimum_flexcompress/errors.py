@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
+import shutil
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+# Bytes that may be left of a disk on which a write has just failed.
+_FULL = 8 << 20
 
 
 class FlexCompressError(ValueError):
@@ -49,6 +56,25 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says, for a sentence: its first line, or else its class."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def disk_is_full(error: Exception, folder: str | os.PathLike) -> bool:
+    """Whether `error` comes from a full disk, whatever the library that met it makes of that.
+
+    Args:
+        error: What was raised.
+        folder: Lies on the disk that was written to, or would if it were there.
+    """
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    # safetensors quotes the system; PyTorch's archive writer does not say why it failed.
+    if "No space left on device" in str(error):
+        return True
+    if "inline_container" not in str(error):
+        return False
+    path = Path(folder).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    return shutil.disk_usage(there).free < _FULL
 
 
 @contextlib.contextmanager

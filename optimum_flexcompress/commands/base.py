@@ -38,6 +38,7 @@ _TASKS = (
     "feature-extraction",
 )
 TASKS = f"{', '.join(_TASKS[:-1])} or {_TASKS[-1]}"
+DISK_FULL = "the disk is full: make room, or choose an output folder on another disk, and run the command again."
 
 
 class Terminated(KeyboardInterrupt):
@@ -122,6 +123,13 @@ class FlexCompressCommand(BaseOptimumCLICommand):
                 sys.exit(EXIT_ERROR)
             except OSError as error:
                 self._fail(explain_os_error(error), error)
+            except Exception as error:
+                from optimum_flexcompress.errors import disk_is_full
+
+                # Not every library that writes says so by an error of the system.
+                if not disk_is_full(error, getattr(self.args, "output", None) or os.curdir):
+                    raise
+                self._fail(DISK_FULL, error)
         except KeyboardInterrupt as error:
             if self.args.debug:
                 raise
@@ -186,7 +194,7 @@ def explain_os_error(error: OSError) -> str:
         The sentence, without a line break.
     """
     if error.errno == errno.ENOSPC:
-        return "the disk is full: make room, or choose an output folder on another disk, and run the command again."
+        return DISK_FULL
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to use {error.filename}: choose a path that you may read and write."
     if error.errno == errno.ENOENT:

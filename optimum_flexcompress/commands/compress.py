@@ -9,7 +9,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand, add_json_argument, read_columns
+from optimum.commands.flexcompress.base import TASKS, FlexCompressCommand, add_json_argument, read_columns
 from optimum.commands.flexcompress.hub import add_hub_arguments, hub_target
 
 
@@ -64,7 +64,7 @@ that comes nearest, and the exit code is not 0.
             help="Id on the Hub, a folder written by `save_to_disk`, a CSV, TSV or JSONL file, or a folder of such files "
             "named by split (train.csv, test.csv).",
         )
-        required.add_argument("--task", help="What the model is for, such as text-classification.")
+        required.add_argument("--task", help=f"What the model is for: {TASKS}.")
         required.add_argument(
             "--recipe", help="Name of a recipe, or a .yaml file, instead of a plan (see --list-recipes)."
         )
@@ -138,6 +138,7 @@ that comes nearest, and the exit code is not 0.
 
         from optimum_flexcompress.recipes import load_recipe, run_recipe
         from optimum_flexcompress.recipes.budget import Budget
+        from optimum_flexcompress.recipes.forecast import forecast
 
         budget = Budget.read(args.max_drop, args.target_latency, args.choose)
         self._check_flags()
@@ -161,6 +162,7 @@ that comes nearest, and the exit code is not 0.
             args.output,
             overwrite=args.overwrite,
             names={stage: repository.repo_id} if repository is not None else {},
+            expected=None if self._facts is None else forecast(recipe, self._facts),
         )
         report = {
             "output": str(result.output),
@@ -297,9 +299,9 @@ that comes nearest, and the exit code is not 0.
                 continue
             folder = result.folders[name]
             if not choice["met"]:
-                raise FlexCompressError(
-                    f"{choice['sentence']} All models are kept in {result.output}, this one is {folder}."
-                )
+                kept = f"All models are kept in {result.output}, this one is {folder}."
+                pushed = " Nothing was pushed." if self.args.push_to_hub else ""
+                raise FlexCompressError(f"{choice['sentence']} {kept}{pushed}")
             if choice["chosen"] is not None:
                 print(f"Chosen: {choice['sentence']} It is in {folder}.")
             elif self.args.recipe is None:

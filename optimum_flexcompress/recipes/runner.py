@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import FlexCompressError
+from ..errors import FlexCompressError, disk_is_full
 from ..hub import fetch_model
 from .cards import write_cards
 from .fingerprint import digest, fingerprint
@@ -20,10 +18,6 @@ from .inputs import check_model_and_data, open_data
 from .schema import Recipe
 from .stages import INPUT, StageContext, StageSpec
 from .workspace import Manifest, Workspace, resolved
-
-
-# Bytes that may be left of a disk on which a write has just failed.
-_FULL = 8 << 20
 
 
 @dataclass
@@ -60,6 +54,7 @@ def run_recipe(
     overwrite: bool = False,
     say: Callable[[str], None] = say_at_once,
     names: Mapping[str, str] | None = None,
+    expected: Mapping[str, float | None] | None = None,
 ) -> RecipeResult:
     """Compresses `model` by `recipe`.
 
@@ -76,6 +71,7 @@ def run_recipe(
         overwrite: Run every stage again; each result is replaced when its successor is complete.
         say: Receives the lines meant for the user.
         names: By stage, what its model is called in its card, such as its id on the Hub; by default, the stage.
+        expected: Seconds that stages are going to take, by what [`forecast`] said; what is left is then shown.
 
     Raises:
         FlexCompressError: See above; also from any stage.
@@ -116,6 +112,7 @@ def run_recipe(
         dataset_digest=fingerprint(dataset),
         ids={INPUT: fingerprint(model)},
         overwrite=overwrite,
+        expected={name: value for name, value in (expected or {}).items() if value is not None},
     )
     stages = [spec.name for spec in recipe.stages]
     # The folders of stages that the recipe no longer has stay until the new results are complete.
@@ -153,6 +150,7 @@ class _Run:
         context: Made ready for the stages but for what differs between them.
         dataset_digest: Identifies the data set's content.
         ids: Identifies what each stage has written; a stage that reads it runs again when it changes.
+        expected: Seconds that stages from here on are going to take, as far as that is known.
     """
 
     recipe: Recipe
@@ -161,6 +159,7 @@ class _Run:
     dataset_digest: str
     ids: dict[str, str]
     overwrite: bool
+    expected: dict[str, float]
     started: float = field(default_factory=time.monotonic)
     result: RecipeResult = field(init=False)
 
@@ -178,9 +177,11 @@ class _Run:
             manifest = finished
         else:
             why = "" if finished is None else "; its settings or inputs have changed"
-            say(f"{title}: {spec.stage.describe()} (at {clock(time.monotonic() - self.started)}{why})")
+            left = f", about {clock(sum(self.expected.values()))} left" if self.expected else ""
+            say(f"{title}: {spec.stage.describe()} (at {clock(time.monotonic() - self.started)}{left}{why})")
             self._execute(spec, manifest)
             say(f"{title}: done in {clock(manifest.seconds)}{_figures(manifest.metrics)}")
+        self.expected.pop(spec.name, None)
         folder = self.workspace.stage_folder(spec.name)
         self.ids[spec.name] = manifest.id
         self.context.artifacts[spec.name] = folder
@@ -234,21 +235,6 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def disk_is_full(error: Exception, folder: Path) -> bool:
-    """Whether `error` comes from a full disk, whatever the library that met it makes of that.
-
-    Args:
-        error: What was raised.
-        folder: Lies on the disk that was written to.
-    """
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return True
-    # safetensors quotes the system; PyTorch's archive writer does not say why it failed.
-    if "No space left on device" in str(error):
-        return True
-    return "inline_container" in str(error) and shutil.disk_usage(folder).free < _FULL
 
 
 def _figures(metrics: dict[str, Any]) -> str:

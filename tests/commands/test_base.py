@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from optimum.commands.base import CommandInfo
-from optimum.commands.flexcompress.base import FlexCompressCommand, explain_os_error
+from optimum.commands.flexcompress.base import DISK_FULL, FlexCompressCommand, explain_os_error
+from safetensors import SafetensorError
 
 from optimum_flexcompress.errors import FlexCompressError
 
@@ -73,6 +74,14 @@ def test_debug_shows_the_error_itself(run):
 def test_a_mistake_of_ours_is_not_dressed_up(run):
     with pytest.raises(ZeroDivisionError):
         run(lambda args: 1 / 0)
+
+
+def test_a_full_disk_that_a_library_met(run, capsys):
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert run(raising(error)) == 1
+    assert capsys.readouterr() == ("", f"error: {DISK_FULL}\n")
+    with pytest.raises(SafetensorError):
+        run(raising(SafetensorError("Error while serializing: something else")))
 
 
 def test_interrupted_by_the_user(run, capsys):

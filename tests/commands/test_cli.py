@@ -60,7 +60,7 @@ def test_help_imports_nothing_heavy(command):
 
 def test_help_names_the_tasks():
     assert list(_TASKS) == list(TASKS)
-    for command in ("benchmark", "quantize", "search"):
+    for command in ("benchmark", "compress", "quantize", "search"):
         text = " ".join(optimum_cli("flexcompress", command, "--help").stdout.split())
         assert all(task in text.replace("- ", "-") for task in TASKS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from types import SimpleNamespace
@@ -120,6 +121,10 @@ def test_interrupted_it_goes_on_by_the_same_plan(compress, output, monkeypatch, 
     assert done.code == 0, done.err
     assert "Going on by the plan of the earlier run" in done.out and "measuring int8" not in done.out
     assert done.out.count("finished in an earlier run, skipped") == 2
+    # What is left goes by what the plan has measured, without the stages that were finished.
+    assert not re.search(r"finetune: .* left\)", done.out) and re.search(
+        r"benchmark: .* about \d+:\d\d left\)", done.out
+    )
     assert "Chosen: int8-" in done.out
 
 
