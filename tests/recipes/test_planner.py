@@ -38,7 +38,7 @@ ENCODER = Facts(
     steps_per_epoch=250,
     tokens=200,
     bf16=True,
-    shape="1x256",
+    shape="32x256",
     int8_milliseconds=20.0,
     graph_seconds=10.0,
     step_seconds=0.03,
@@ -101,6 +101,10 @@ def test_the_rules_are_in_the_documentation():
         (
             dataclasses.replace(ENCODER, layers=3, tokens=None, task="image-classification"),
             "finetune prune int8-dense int8-prune benchmark best",
+        ),
+        (
+            dataclasses.replace(ENCODER, shape="1x256"),
+            "finetune distill prune int8-dense int8-distill int8-prune benchmark best",
         ),
         (BOTH, "finetune modular half prune int8-dense int8-distill int8-prune benchmark best"),
         (dataclasses.replace(BOTH, even=False), "finetune prune int8-dense int8-prune benchmark best"),
@@ -166,8 +170,8 @@ def test_other_kinds_of_models_are_measured_and_planned_for(tmp_path, family, na
 
 def test_how_much_goes():
     assert settings(ENCODER, "prune").target_sparsity == 0.5
-    assert settings(ENCODER, "prune", target_latency=6.0).target_sparsity == 0.5
-    assert settings(ENCODER, "prune", target_latency=4.0).target_sparsity == 0.7
+    assert settings(ENCODER, "prune", target_latency=8.0).target_sparsity == 0.5
+    assert settings(ENCODER, "prune", target_latency=6.0).target_sparsity == 0.7
     assert settings(ENCODER, "prune", max_drop=0.01).target_sparsity == 0.7
     assert settings(DECODER, "prune").target_sparsity == 0.3
     assert settings(ENCODER, "distill").layers == 0.5 and settings(BOTH, "half").ratio == 2
@@ -175,8 +179,8 @@ def test_how_much_goes():
 
 def test_layers_go_for_a_drop_only_where_much_is_asked_for():
     assert "distill" not in stages(ENCODER, max_drop=0.01)
-    assert "distill" not in stages(ENCODER, max_drop=0.01, target_latency=6.0)
-    assert "distill" in stages(ENCODER, max_drop=0.01, target_latency=4.0)
+    assert "distill" not in stages(ENCODER, max_drop=0.01, target_latency=11.0)
+    assert "distill" in stages(ENCODER, max_drop=0.01, target_latency=9.0)
     assert "distill" in stages(ENCODER, target_latency=6.0)
     assert "half" in stages(BOTH, max_drop=0.01)
     # Where its stages refuse, the whole model is left to prune.
