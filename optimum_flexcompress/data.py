@@ -62,9 +62,11 @@ def load_data(spec: str | os.PathLike | Dataset | DatasetDict) -> DatasetDict:
     data = _with_usual_names(data)
     for name, split in data.items():
         if len(split) == 0:
-            raise FlexCompressError(f"The split {name!r} of {_name(spec)} has no rows.")
+            raise FlexCompressError(
+                f"The split {name!r} of {_name(spec)} has no rows: give one with rows, or leave the split out."
+            )
     if not data:
-        raise FlexCompressError(f"{_name(spec)} has no splits.")
+        raise FlexCompressError(f"{_name(spec)} has no splits: give a data set with at least a training split.")
     return data
 
 

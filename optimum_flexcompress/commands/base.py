@@ -201,7 +201,7 @@ def explain_os_error(error: OSError) -> str:
         return f"{error.filename} does not exist: check the path."
     if error.errno is not None:
         where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}"
+        return f"{error.strerror}{where}; mend that, and run the command again."
     return " ".join(str(error).split())
 
 

@@ -200,7 +200,9 @@ def find_backend(path: str | os.PathLike) -> str:
             "them in folders of their own."
         )
     if not found:
-        raise FlexCompressError(f"{path} is no model folder: it holds neither PyTorch nor ONNX weights.")
+        raise FlexCompressError(
+            f"{path} is no model folder: it holds neither PyTorch nor ONNX weights; give the folder that has them."
+        )
     return found.pop()
 
 

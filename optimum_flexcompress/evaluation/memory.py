@@ -58,10 +58,14 @@ def measure_peak_memory(
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
     except subprocess.TimeoutExpired as error:
-        raise FlexCompressError(f"Measuring the memory of {path} took longer than {timeout:.0f} s.") from error
+        raise FlexCompressError(
+            f"Measuring the memory of {path} took longer than {timeout:.0f} s: leave memory out (--no-memory)."
+        ) from error
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        raise FlexCompressError(f"The memory of {path} could not be measured: {last}")
+        raise FlexCompressError(
+            f"The memory of {path} could not be measured ({last}): leave memory out (--no-memory)."
+        )
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 

@@ -163,7 +163,9 @@ class Report:
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError as error:
-            raise FlexCompressError(f"There is no report {path}.") from error
+            raise FlexCompressError(
+                f"There is no report {path}: check the path, or run the benchmark first."
+            ) from error
         except json.JSONDecodeError as error:
             raise FlexCompressError(f"{path} is not valid JSON ({error.msg}): run the benchmark again.") from error
 

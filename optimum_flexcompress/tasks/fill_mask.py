@@ -50,7 +50,7 @@ class FillMask(Task):
         """See [`Task.prepare`]. Texts are joined and cut into blocks of `max_length`."""
         if processor.mask_token_id is None:
             raise FlexCompressError(
-                f"{self.name} needs a tokenizer with a mask token, which this model does not have."
+                f"{self.name} needs a tokenizer with a mask token, which this model does not have: choose another task or model."
             )
         chosen = self.find_columns(data, columns)
         blocks = make_blocks(data, chosen["text"], processor, effective_length(max_length, processor), wrap=True)

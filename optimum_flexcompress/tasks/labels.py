@@ -160,7 +160,9 @@ def without_unlabelled(data: DatasetDict, column: str) -> DatasetDict:
         }
     )
     if not labelled:
-        raise FlexCompressError(f"No row has a label in the column {column!r}.")
+        raise FlexCompressError(
+            f"No row has a label in the column {column!r}: name another with --columns label=NAME."
+        )
     return labelled
 
 

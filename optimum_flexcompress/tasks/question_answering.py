@@ -55,7 +55,8 @@ class QuestionAnswering(Task):
         """See [`Task.prepare`]. A context longer than `max_length` becomes several overlapping rows."""
         if not getattr(processor, "is_fast", False):
             raise FlexCompressError(
-                f"{self.name} needs a fast tokenizer (one with a tokenizer.json), which this model does not have."
+                f"{self.name} needs a fast tokenizer (one with a tokenizer.json), which this model does not have: save one beside it "
+                "with AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)."
             )
         chosen = self.find_columns(data, columns)
         length = effective_length(max_length, processor)

@@ -52,7 +52,8 @@ class TokenClassification(Task):
         """See [`Task.prepare`]."""
         if not getattr(processor, "is_fast", False):
             raise FlexCompressError(
-                f"{self.name} needs a fast tokenizer (one with a tokenizer.json), which this model does not have."
+                f"{self.name} needs a fast tokenizer (one with a tokenizer.json), which this model does not have: save one beside it "
+                "with AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)."
             )
         chosen = self.find_columns(data, columns)
         data = without_unlabelled(data, chosen["tags"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -98,6 +99,11 @@ class Hub(ThreadingHTTPServer):
         found = self.repos[repo]
         return {path: file.content for path, file in found.commits[found.find(revision)].items()}
 
+    def note(self, line: str) -> None:
+        """Keeps a line of the log, which `pytest tests/hub --log-cli-level=INFO` shows."""
+        self.log.append(line)
+        logging.getLogger(__name__).info(line)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients go away as they please."""
 
@@ -134,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if (broken := self.server.break_at) and self.command == broken[0] and path.startswith(broken[1]):
             self.rfile.read(min(int(self.headers.get("Content-Length", 0)), 512))
-            self.server.log.append(f"{self.command} {path} cut")
+            self.server.note(f"{self.command} {path} cut")
             self.close_connection = True
             self.connection.close()
             return
@@ -156,7 +162,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         """Sends an answer; a HEAD request gets the length of its content only."""
-        self.server.log.append(f"{self.command} {urlsplit(self.path).path} {status}")
+        self.server.note(f"{self.command} {urlsplit(self.path).path} {status}")
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
