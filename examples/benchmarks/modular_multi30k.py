@@ -46,7 +46,7 @@ LAYERS, LONGEST, NEW_TOKENS = 12, 96, 24
 # Width, inner width of the feed-forward networks, heads, vocabulary.
 SIZES = {"gpu": (512, 2048, 8, 8000), "cpu": (128, 256, 4, 4000)}
 # What two cores can do in about three hours, instead of the defaults.
-CPU_STEPS = {"teacher_steps": 3000, "steps": 900, "batch_size": 64}
+CPU_STEPS = {"teacher_steps": 3000, "steps": 900, "batch_size": 64, "rate": 1.5e-3}
 
 
 def lines(folder: Path, name: str) -> list[str]:
