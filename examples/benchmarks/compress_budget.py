@@ -5,7 +5,7 @@ tokens to train on, 1,000 others to decide on, 5,000 of the test set to report o
 stopped. Keeps for each stage what it took and reported, the plan with its reasons, the report and the picture of the
 front.
 
-    python examples/benchmarks/compress_budget.py --data DIR              # about 90 minutes on two cores
+    python examples/benchmarks/compress_budget.py --data DIR              # about 80 minutes on two cores
     python examples/benchmarks/compress_budget.py --only banking77        # about 12
 
 `DIR` holds the reviews as `train.jsonl` and `test.jsonl` (`text`, `label`), packed with xz or not.
@@ -50,7 +50,7 @@ def found_in(run: Path) -> dict[str, Any]:
         return json.loads(run.joinpath(*names).read_text(encoding="utf-8"))
 
     record = read("run.json")
-    stages = {name: read(name, "stage.json") for name in record["stages"]}
+    stages = {name: read(name, "stage.json") for name in record["recipe"]["stages"]}
     report = read("benchmark", "report.json")
     for model in report["models"]:
         model["path"] = Path(model["path"]).name
