@@ -308,7 +308,7 @@ def _share(spec: StageSpec, shares: Mapping[str, float], facts: Facts) -> float:
     if spec.type == "assemble" and settings.ratio:
         return before / settings.ratio
     if spec.type == "prune" and settings.target_sparsity is not None:
-        return before * (1 - settings.target_sparsity)
+        return shares.get(settings.sparsity_of, before) * (1 - settings.target_sparsity)
     if spec.type == "prune" and settings.target_macs is not None and settings.target_macs < 1:
         return before * settings.target_macs
     return before
@@ -344,8 +344,7 @@ def _distill(spec: StageSpec, shares: Mapping[str, float], facts: Facts) -> floa
 def _prune(spec: StageSpec, shares: Mapping[str, float], facts: Facts) -> float:
     # The masked model has the sizes of the one before until the masks are folded in.
     share = shares[spec.stage.settings.model]
-    teaching = [name for name in spec.stage.inputs() if spec.stage.settings.methods]
-    teacher = shares[teaching[-1]] if teaching else 0.0
+    teacher = shares[spec.stage.taught_by] if spec.stage.taught_by else 0.0
     return _training(spec, MASK_OVERHEAD * share * facts.step_seconds + teacher * facts.forward_seconds, share, facts)
 
 

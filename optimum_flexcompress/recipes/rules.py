@@ -40,8 +40,11 @@ MASK_STEPS = 1000
 # Tokens in a batch from which dropping some of them pays: full_stack.json has 256, where it does not, and 8,192.
 LARGE_BATCH = 1024
 # Over dense int8: what VIB pruning of 70 % comes to (1.8x to 2.7x in vib_text.json, 2.0x in full_stack.json), and half of
-# the layers pruned by half (2.0x in quickstart.json, times 1.4x to 1.7x in vib_text.json).
+# the layers pruned by half (3.0x in compress_budget.json).
 PRUNED_SPEEDUP, HALVED_SPEEDUP = 2.0, 3.0
+# Of the parameters of the layers: in decoders, in others, and where half of the layers went first, up to a speed-up of
+# HALVED_SPEEDUP and beyond.
+DECODER_SPARSITY, SPARSITY, HALVED_SPARSITY, MOST_SPARSITY = 0.3, 0.7, 0.75, 0.85
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,18 @@ RULES = (
     Rule(
         "layers",
         f"every stack has {FEWEST_LAYERS} layers or more (an even number in encoder-decoders), the task has labels, and "
-        f"the model is no decoder; in encoders with a largest loss, only for a target more than {PRUNED_SPEEDUP:g} times as "
-        "fast as int8 alone",
+        f"the model is no decoder; in encoders with a largest loss whose inputs are long (half of them {LONG_INPUT} tokens or "
+        f"more), only for a target more than {PRUNED_SPEEDUP:g} times as fast as int8 alone",
         "half of the layers: an encoder by MiniLM and logits, an encoder-decoder by modules",
-        ("quickstart.json", "modular_cmudict.json", "vib_text.json"),
+        ("quickstart.json", "compress_budget.json", "modular_cmudict.json", "vib_text.json"),
     ),
     Rule(
         "width",
         "the task has labels",
-        "VIB pruning of 70 % of the layers; of 30 % in decoders; of half of what is left where layers went, for a target "
-        f"no more than {HALVED_SPEEDUP:g} times as fast as int8 alone",
-        ("vib_text.json", "vib_lm.json", "full_stack.json"),
+        f"VIB pruning, until {100 * SPARSITY:g} % of the parameters of all layers are gone, {100 * DECODER_SPARSITY:g} % in "
+        f"decoders; with half of the layers first {100 * HALVED_SPARSITY:g} %, and {100 * MOST_SPARSITY:g} % for a target more "
+        f"than {HALVED_SPEEDUP:g} times as fast as int8 alone",
+        ("vib_text.json", "vib_lm.json", "full_stack.json", "compress_budget.json"),
     ),
     Rule(
         "tokens",
@@ -100,7 +104,7 @@ RULES = (
         "worth it",
         "there is a largest loss, and more than one step",
         "what is trained next goes on without a step that loses more than that on held-out examples",
-        ("full_stack.json",),
+        ("full_stack.json", "compress_budget.json"),
     ),
     Rule(
         "training",
@@ -226,8 +230,10 @@ def _layers(facts: Facts, speedup: float, budget: Budget) -> Decision:
     if facts.layers < FEWEST_LAYERS or (facts.kind == "encoder-decoder" and not facts.even):
         return Decision("layers", False, f"the model has {facts.layers} layers")
     if facts.kind == "encoder":
-        if budget.max_drop is not None and speedup <= PRUNED_SPEEDUP:
-            return Decision("layers", False, "at the same size, VIB pruning loses less than whole layers")
+        if budget.max_drop is not None and _long(facts) and speedup <= PRUNED_SPEEDUP:
+            return Decision(
+                "layers", False, "of long inputs; at the same size, VIB pruning loses less than whole layers"
+            )
         settings = ("modular.skip=true", "half.skip=true", "distill.layers=0.5")
         why = f"MiniLM and logits, into half of {facts.layers} layers"
     else:
@@ -239,19 +245,24 @@ def _layers(facts: Facts, speedup: float, budget: Budget) -> Decision:
 def _width(facts: Facts, speedup: float, after_layers: bool) -> Decision:
     if not facts.labels:
         return Decision("width", False, f"{facts.task} has no labels to train on")
-    sparsity = 0.3 if facts.kind == "decoder" else 0.5 if after_layers and speedup <= HALVED_SPEEDUP else 0.7
+    sparsity = DECODER_SPARSITY if facts.kind == "decoder" else SPARSITY
+    if after_layers:
+        sparsity = HALVED_SPARSITY if speedup <= HALVED_SPEEDUP else MOST_SPARSITY
     epochs, per_epoch = (
         (3, facts.steps_per_epoch * STEP_ROWS / LONG_BATCH) if _long(facts) else (4, facts.steps_per_epoch)
     )
     steps = max(epochs * per_epoch, MASK_STEPS)
     # Epochs, which are what users set to train longer.
     settings = [f"target_sparsity={sparsity}", f"epochs={round(steps / per_epoch, 2)}"]
+    # So that as much goes where the half turns out to lose too much, and the whole model is pruned instead.
+    settings += ["sparsity_of=finetune"] if after_layers else []
     if _long(facts):
         settings += ["methods.distillation.temperature=4.0", "methods.distillation.task_loss_weight=0.0"]
     return Decision(
         "width",
         True,
-        f"VIB pruning of {100 * sparsity:g} % of {'what is left of ' if after_layers else ''}the layers, in {steps:,.0f} steps",
+        f"VIB pruning of {100 * sparsity:g} % of the layers{', with what went before' if after_layers else ''}, in "
+        f"{steps:,.0f} steps",
         tuple(f"stages.prune.{setting}" for setting in settings),
     )
 

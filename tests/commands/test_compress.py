@@ -20,9 +20,7 @@ from tests.recipes.conftest import data_folder, model_folder  # noqa: F401  fixt
 from tests.recipes.test_full import TIMING
 
 
-PLANNED = ("finetune", "prune", "int8-dense", "int8-prune", "benchmark", "best")
-# For a latency that is out of reach of pruning alone.
-STAGES = ("finetune", "distill", "depth", "prune", "int8-dense", "int8-distill", "int8-prune", "benchmark", "best")
+PLANNED = ("finetune", "distill", "depth", "prune", "int8-dense", "int8-distill", "int8-prune", "benchmark", "best")
 QUICK = [
     "data.max_length=24",
     *(f"stages.{stage}.{setting}" for stage in ("finetune", "distill") for setting in ("epochs=1", "batch_size=8")),
@@ -65,8 +63,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(compress, tmp_path, monkey
     before = sorted(data_folder.iterdir())
     done = compress("--max-drop", "1%", "--dry-run", "-o", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "- layers    at the same size, VIB pruning loses less than whole layers [quickstart.json, " in done.out
-    assert "+ width     VIB pruning of 70 % of the layers, in 1,000 steps [vib_text.json, " in done.out
+    assert "+ layers    MiniLM and logits, into half of 4 layers [quickstart.json, " in done.out
+    assert "VIB pruning of 75 % of the layers, with what went before, in 1,000 steps [vib_text.json, " in done.out
     assert "- tokens " in done.out and "This was a dry run: nothing was trained, and nothing was written." in done.out
     table = done.out[done.out.index("\nstage  ") + 1 :].splitlines()
     assert [line.split()[0] for line in table[2 : 2 + len(PLANNED)]] == list(PLANNED)
@@ -93,7 +91,7 @@ def test_a_dry_run_as_json(compress, tmp_path, model_folder, data_folder):  # no
     same = load_recipe("full", overrides).to_dict()
     assert (same["stages"], same["data"]) == (found["recipe"]["stages"], found["recipe"]["data"])
     assert same["stages"]["best"]["target_latency"] == 0.001 and same["data"]["columns"]["label"] == "category"
-    assert list(found["seconds"]) == list(STAGES) and found["recipe"]["plan"]["decisions"][0]["rule"] == "int8"
+    assert list(found["seconds"]) == list(PLANNED) and found["recipe"]["plan"]["decisions"][0]["rule"] == "int8"
     assert found["facts"]["layers"] == 4 and "This was a dry run" in done.err
 
 
@@ -120,7 +118,7 @@ def test_interrupted_it_goes_on_by_the_same_plan(compress, output, monkeypatch, 
     done = compress(*folders, "--max-drop", "99%", "-o", output)
     assert done.code == 0, done.err
     assert "Going on by the plan of the earlier run" in done.out and "measuring int8" not in done.out
-    assert done.out.count("finished in an earlier run, skipped") == 2
+    assert done.out.count("finished in an earlier run, skipped") == 4
     # What is left goes by what the plan has measured, without the stages that were finished.
     assert not re.search(r"finetune: .* left\)", done.out) and re.search(
         r"benchmark: .* about \d+:\d\d left\)", done.out

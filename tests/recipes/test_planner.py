@@ -69,7 +69,9 @@ def test_every_rule_names_a_benchmark_that_there_is():
         for name in rule.evidence:
             assert (BENCHMARKS / name).with_suffix(".py").is_file(), name
             assert (BENCHMARKS / "results" / name).is_file(), name
-    assert "width     VIB pruning" in str(plan) and "[vib_text.json, vib_lm.json, full_stack.json]" in str(plan)
+    assert "width     VIB pruning" in str(
+        plan
+    ) and "[vib_text.json, vib_lm.json, full_stack.json, compress_budget.json]" in str(plan)
 
 
 def test_the_rules_are_in_the_documentation():
@@ -169,20 +171,23 @@ def test_other_kinds_of_models_are_measured_and_planned_for(tmp_path, family, na
 
 
 def test_how_much_goes():
-    assert settings(ENCODER, "prune").target_sparsity == 0.5
-    assert settings(ENCODER, "prune", target_latency=8.0).target_sparsity == 0.5
-    assert settings(ENCODER, "prune", target_latency=6.0).target_sparsity == 0.7
-    assert settings(ENCODER, "prune", max_drop=0.01).target_sparsity == 0.7
-    assert settings(DECODER, "prune").target_sparsity == 0.3
+    def goes(facts, **budget):
+        found = settings(facts, "prune", **budget)
+        return found.target_sparsity, found.sparsity_of
+
+    # Of the fine-tuned model, whether or not the half of it is kept.
+    assert goes(ENCODER) == goes(ENCODER, target_latency=8.0) == goes(SHORT, max_drop=0.01) == (0.75, "finetune")
+    assert goes(ENCODER, target_latency=6.0) == (0.85, "finetune")
+    assert goes(ENCODER, max_drop=0.01) == (0.7, None) and goes(DECODER) == (0.3, None)
     assert settings(ENCODER, "distill").layers == 0.5 and settings(BOTH, "half").ratio == 2
 
 
-def test_layers_go_for_a_drop_only_where_much_is_asked_for():
+def test_layers_of_long_inputs_go_for_a_drop_only_where_much_is_asked_for():
     assert "distill" not in stages(ENCODER, max_drop=0.01)
     assert "distill" not in stages(ENCODER, max_drop=0.01, target_latency=11.0)
     assert "distill" in stages(ENCODER, max_drop=0.01, target_latency=9.0)
     assert "distill" in stages(ENCODER, target_latency=6.0)
-    assert "half" in stages(BOTH, max_drop=0.01)
+    assert "half" in stages(BOTH, max_drop=0.01) and "distill" in stages(SHORT, max_drop=0.01)
     # Where its stages refuse, the whole model is left to prune.
     plan = decide(ENCODER, Budget(), {"layers": "why"})
     width = next(decision for decision in plan.decisions if decision.rule == "width")
@@ -193,6 +198,7 @@ def test_steps_that_are_not_worth_it_are_left_out_only_for_a_drop():
     assert not {"depth", "width"} & set(stages(ENCODER))
     assert {"depth", "width"} <= set(stages(ENCODER, max_drop=0.02, target_latency=4.0))
     assert {"depth", "width"} & set(stages(ENCODER, max_drop=0.02)) == {"width"}
+    assert {"depth", "width"} & set(stages(SHORT, max_drop=0.02)) == {"depth"}
     # The last step has nothing after it.
     assert {"depth", "width"} & set(stages(BOTH, max_drop=0.02)) == {"depth"}
     assert settings(ENCODER, "width", max_drop=0.02).max_drop == 0.02
@@ -346,6 +352,12 @@ def test_expected_times_count_rows_steps_and_what_is_left_of_the_model(tmp_path)
     # A quarter of the model, in four passes of which three are smaller.
     assert 0.25 * epoch < seconds["adapt"] / 3 < 4 * 0.25 * epoch
     assert seconds["int8"] == ENCODER.graph_seconds
+    # The same, told as a share of what there was in the beginning.
+    of_all = ["stages.prune.target_sparsity=0.75", "stages.prune.sparsity_of=finetune"]
+    same = load_recipe(
+        "full", ["stages.modular.skip=true", "stages.half.skip=true", "stages.distill.layers=0.5", *of_all]
+    )
+    assert forecast(same, ENCODER) == seconds
     trained = dataclasses.replace(ENCODER, trained=True)
     assert forecast(recipe, trained)["finetune"] == 0.0
     tables = [time_table(recipe, forecast(recipe, facts), facts).splitlines() for facts in (ENCODER, trained)]

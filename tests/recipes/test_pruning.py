@@ -177,6 +177,44 @@ def test_every_setting_of_the_method_is_one_of_the_stage(alone):
     assert recipe.stages[1].stage.inputs() == ["finetune"]
 
 
+HALF = """\
+data: {max_length: 24}
+stages:
+  finetune: {epochs: 8, batch_size: 8, learning_rate: 3e-3, attention_dropout: 0}
+  # A rate at which nothing is learned.
+  distill: {teacher: finetune, layers: 0.5, max_steps: 2, learning_rate: 10.0}
+  depth: {type: keep, model: distill, instead: finetune}
+  prune:
+    model: depth
+    target_sparsity: 0.75
+    sparsity_of: finetune
+    align: 1
+    mask_learning_rate: 0.5
+    batch_size: 8
+    max_steps: 80
+    probe_samples: 0
+"""
+
+
+@pytest.mark.parametrize(("max_drop", "layers", "gone"), [("100%", 2, 0.5), ("1%", 4, 0.75)])
+def test_as_much_goes_whether_or_not_layers_went_before(compress, tmp_path, max_drop, layers, gone):
+    file = tmp_path / "half.yaml"
+    file.write_text(HALF)
+    result, said = compress(file, f"stages.depth.max_drop={max_drop}", output=tmp_path / "out", quick=[])
+    assert "pruning depth to sparsity 0.75 of finetune (vtrans)" in said
+    dense, pruned = (load(result.folders[name]) for name in ("finetune", "prune"))
+    assert len(pruned.bert.encoder.layer) == layers
+    assert 1 - count_parameters(pruned)["prunable"] / count_parameters(dense)["prunable"] == pytest.approx(
+        0.75, abs=0.01
+    )
+    # What the stage itself has taken away.
+    assert result.metrics["prune"]["sparsity"] == pytest.approx(gone, abs=0.01)
+    with pytest.raises(
+        FlexCompressError, match="target_sparsity is 0.4 of finetune, of which depth has lost 0.5 alre"
+    ):
+        compress(file, "stages.prune.target_sparsity=0.4", output=tmp_path / "other", quick=[])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -191,6 +229,7 @@ def test_every_setting_of_the_method_is_one_of_the_stage(alone):
         ("methods.vib_pruning.beta=1", "methods has vib_pruning: its settings stand beside methods"),
         ("methods.distillation.temprature=2", 'stages.prune: .*Did you mean "temperature"'),
         ("methods.distilation.temperature=2", 'stages.prune: .*Did you mean "distillation"'),
+        ("sparsity_of=finetune", "sparsity_of goes with target_sparsity alone: leave it out, or save_at_sparsities"),
         ("align=32", r"stages\.prune: A sparsity of 0.6 cannot be reached with align=32 .*: the nearest is"),
         ("teacher=finetun", 'reads "finetun", which is no stage above it. Did you mean "finetune"'),
         ("max_steps=15", "The masks get .* steps, too few to move: .* train for at least"),

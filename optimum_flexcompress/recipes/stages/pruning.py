@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from ...errors import FlexCompressError
@@ -42,6 +43,7 @@ def _method_fields() -> list[tuple[str, Any, dataclasses.Field]]:
 @dataclass
 class _StageSettings(TrainingSettings):
     model: str = "finetune"
+    sparsity_of: str | None = None
     teacher: str | None = None
     methods: dict[str, Any] = field(
         default_factory=lambda: {"distillation": {"hidden_states_weight": 1.0, "layer_map": "ordered"}}
@@ -57,6 +59,10 @@ class _StageSettings(TrainingSettings):
                 raise FlexCompressError(f"methods.{name} must be a group of settings, not {values!r}.")
         if self.probe_samples < 0:
             raise FlexCompressError(f"probe_samples must be at least 0, not {self.probe_samples}.")
+        if self.sparsity_of is not None:
+            for name in ("target_macs", "target_latency", "include_embeddings", "save_at_sparsities"):
+                if getattr(self, name):
+                    raise FlexCompressError(f"sparsity_of goes with target_sparsity alone: leave it out, or {name}.")
         try:
             self.method()
         except FlexCompressError as error:
@@ -76,6 +82,8 @@ PruneSettings.__doc__ = """Settings of the stage `prune`: those of a training, e
 
 Attributes:
     model: The stage (or `input`) whose model is pruned.
+    sparsity_of: The stage (or `input`) of whose model's layers `target_sparsity` is a share, such as the one that the
+        model is half of; by default the model's own.
     teacher: The stage (or `input`) whose model teaches meanwhile, if `methods` has something to be taught; by default
         the model before it is pruned.
     methods: Other methods of the same training: what the teacher teaches, `length_adaptive`.
@@ -97,13 +105,19 @@ class Prune(TrainingStage):
     logging_steps: ClassVar[float] = 0.02
 
     @property
-    def _teacher(self) -> str | None:
+    def taught_by(self) -> str | None:
+        """The stage whose model teaches."""
         teaching = any(name != "length_adaptive" for name in self.settings.methods)
         return (self.settings.teacher or self.settings.model) if teaching else self.settings.teacher
 
     def inputs(self) -> list[str]:
         """See the base class."""
-        return list(dict.fromkeys([self.settings.model, *([self._teacher] if self._teacher else [])]))
+        names = (self.settings.model, self.taught_by, self.settings.sparsity_of)
+        return list(dict.fromkeys(name for name in names if name))
+
+    def made_of(self, folder: Path) -> list[str]:
+        """See the base class."""
+        return list(dict.fromkeys(name for name in (self.settings.model, self.taught_by) if name))
 
     def describe(self) -> str:
         """See the base class."""
@@ -114,6 +128,7 @@ class Prune(TrainingStage):
             if name.startswith("target_") and value is not None
         }
         target = ", ".join(f"{name} {value:g}" for name, value in targets.items())
+        target += f" of {settings.sparsity_of}" if settings.sparsity_of else ""
         return f"pruning {settings.model} to {target} ({settings.mode})"
 
     def check(self, models: Mapping[str, PreTrainedModel | None]) -> PreTrainedModel:
@@ -123,9 +138,9 @@ class Prune(TrainingStage):
         self.check_arguments()
         if self.settings.probe_samples:
             require_report_extra()
-        model = copy.deepcopy(model_of(models, self.settings.model))
-        teacher = model_of(models, self._teacher) if self._teacher else None
-        self.check_training(model, teacher, self._methods())
+        model, whole = copy.deepcopy(model_of(models, self.settings.model)), self.settings.sparsity_of
+        teacher = model_of(models, self.taught_by) if self.taught_by else None
+        self.check_training(model, teacher, self._methods(model, model_of(models, whole) if whole else None))
         # The sizes are not known before, but the family and the head are.
         return model
 
@@ -134,21 +149,34 @@ class Prune(TrainingStage):
         source = context.artifact(self.settings.model)
         processor = context.task.load_processor(source)
         prepared = context.prepare(processor, model=load_config(source))
+        model, whole = self.load_for_training(context, source), self.settings.sparsity_of
+        methods = self._methods(model, context.task.load_model(context.artifact(whole)) if whole else None)
         metrics = self.train(
             context,
-            self.load_for_training(context, source),
+            model,
             processor,
             prepared,
-            teacher_model=context.task.load_model(context.artifact(self._teacher)) if self._teacher else None,
-            compression_config=compression_config(self._methods()),
+            teacher_model=context.task.load_model(context.artifact(self.taught_by)) if self.taught_by else None,
+            compression_config=compression_config(methods),
         )
         for folder in sorted(context.scratch.glob(LEVELS)):
             (folder / "training_args.bin").unlink(missing_ok=True)
             shutil.move(folder, context.output / folder.name)
         return {**self._report(context, source, processor, prepared), **metrics}
 
-    def _methods(self) -> dict[str, Any]:
-        values = self.settings.method()
+    def _methods(self, model: PreTrainedModel, whole: PreTrainedModel | None) -> dict[str, Any]:
+        """The methods of the training, with a target that is a share of `model`; `whole` is what it is given of."""
+        from ...structure import count_parameters
+
+        values, target = self.settings.method(), self.settings.target_sparsity
+        if whole is not None:
+            left = count_parameters(model)["prunable"] / count_parameters(whole)["prunable"]
+            if 1.0 - left >= target:
+                raise FlexCompressError(
+                    f"target_sparsity is {target:g} of {self.settings.sparsity_of}, of which {self.settings.model} has "
+                    f"lost {1.0 - left:.3g} already: ask for more, or leave out sparsity_of (null)."
+                )
+            values["target_sparsity"] = 1.0 - (1.0 - target) / left
         return {values.pop("method_type"): values, **self.settings.methods}
 
     def _report(self, context: StageContext, source: Any, processor: Any, prepared: Prepared) -> dict[str, Any]:
