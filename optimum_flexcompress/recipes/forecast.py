@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,10 @@ MEAN_COST = 0.6
 STEP_ROWS = 32
 # Opening and measuring the memory of a model, in seconds.
 PER_MODEL = 15.0
-_DRAWN, _TIMED_TOKENS, _MOST_ROWS, _LABELLED = 256, 1024, 8, 4096
+# Batches as large as those of the training, of few tokens.
+_DRAWN, _TIMED_TOKENS, _MOST_ROWS, _LABELLED = 256, 2048, STEP_ROWS, 4096
 _QUANTILES = (1 / 6, 1 / 2, 5 / 6)
+_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -251,13 +254,20 @@ def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool, labels: bo
             raise FlexCompressError("the model returns no loss on this data, so it cannot be trained: look at --task.")
         loss.backward()
 
+    def fastest(function: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(_REPEATS):
+            started = now()
+            function()
+            seconds.append(now() - started)
+        return min(seconds)
+
     def per_row(function: Callable[[Mapping[str, Any]], Any]) -> float:
-        function(batches[0][1])
         seconds = []
         for size, batch in batches:
-            started = now()
+            # The first of a shape takes longer, and there are few shapes in a training.
             function(batch)
-            seconds.append((now() - started) / size)
+            seconds.append(fastest(partial(function, batch)) / size)
         return sum(seconds) / len(seconds)
 
     with torch.inference_mode():
@@ -271,10 +281,8 @@ def _time_training(model: PreTrainedModel, prepared: Any, bf16: bool, labels: bo
         (parameter for parameter in model.parameters() if parameter.grad is not None), lr=0.0
     )
     optimizer.step()
-    started = now()
-    optimizer.step()
-    update = now() - started
-    return {"step_seconds": step_seconds, "forward_seconds": forward_seconds, "update_seconds": update}
+    update_seconds = fastest(optimizer.step)
+    return {"step_seconds": step_seconds, "forward_seconds": forward_seconds, "update_seconds": update_seconds}
 
 
 def forecast(recipe: Recipe, facts: Facts) -> dict[str, float | None]:
