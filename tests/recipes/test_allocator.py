@@ -20,11 +20,11 @@ from optimum_flexcompress.recipes.allocator import keeping_freed_memory
 def make(megabytes=128):
     torch.zeros(megabytes << 18).add_(1)
 
-def faults():
+def faults(megabytes=128):
     "New pages that the kernel finds for something large, the second time that it is made."
     for _ in range(2):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        make()
+        make(megabytes)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def resident():
@@ -57,10 +57,12 @@ def test_what_is_freed_is_used_again():
 found["before"] = faults()
 with keeping_freed_memory():
     found["within"], found["kept"] = faults(), resident()
-found["after"], found["left"] = faults(), resident()
+found["given back"] = resident()
+# Larger than the gaps that the heap may have now: in those, glibc keeps what is freed, as ever.
+found["after"], found["left"] = faults(512), resident()
 """)
-    assert found["within"] < found["before"] / 10
-    assert found["after"] > found["before"] / 2 and found["left"] < found["kept"] - 64
+    assert found["within"] < found["before"] / 10 and found["given back"] < found["kept"] - 64
+    assert found["after"] > 2 * found["before"] and found["left"] < found["given back"] + 64
 
 
 def test_the_environment_has_the_last_word():
@@ -125,7 +127,8 @@ with keeping_freed_memory() as kept:
     found["again"] = huge()
 found["after"] = huge()
 """)
-    assert found["before"] == found["after"] == 0
+    # Pages that something small is still in stay as they are.
+    assert found["before"] == 0 and found["after"] < 64
     assert found["within"] > 96 and found["again"] > 96
 
 
