@@ -58,6 +58,7 @@ class ModelResult:
             over the data set (`real`).
         words: Which words of one text survive to which layer, as a [`optimum_flexcompress.evaluation.TokenTrace`]; or
             why that cannot be told (`note`).
+        before: Name of the model that it was made of, where that is known.
     """
 
     name: str
@@ -77,6 +78,11 @@ class ModelResult:
     lane: str | None = None
     words: dict[str, Any] | None = None
     before: str | None = None
+
+    def faster_than(self, other: ModelResult) -> dict[str, float]:
+        """How many times as fast as another model of the same report, by shape: the median of the rounds' ratios."""
+        shapes = [shape for shape in self.latency if shape in other.latency]
+        return {shape: _faster(self.latency[shape], other.latency[shape]) for shape in shapes}
 
 
 @dataclass
@@ -265,7 +271,8 @@ class Report:
                 format_share(model.size / other.size) if other.size else MISSING,
                 format_share(model.macs[length] / other.macs[length]) if length else MISSING,
             ]
-            row += [format_speedup(_faster(model.latency.get(shape), other.latency.get(shape))) for shape in shapes]
+            faster = model.faster_than(other)
+            row += [format_speedup(faster.get(shape)) for shape in shapes]
             row += [format_speedup(_faster(model.stream, other.stream))] if streams else []
             rows.append(row)
         return header, rows
@@ -288,8 +295,8 @@ class Report:
             if model.macs:
                 length = list(model.macs)[-1]
                 row.append(format_share(model.macs[length] / other.macs[length]) if length in other.macs else MISSING)
-            for shape in shapes:
-                row.append(format_speedup(_faster(model.latency.get(shape), other.latency.get(shape))))
+            faster = model.faster_than(other)
+            row += [format_speedup(faster.get(shape)) for shape in shapes]
             if streams:
                 row.append(format_speedup(_faster(model.stream, other.stream)))
             rows.append(row)

@@ -118,6 +118,16 @@ def test_the_table_says_what_was_measured(report):
     assert "3080 rows" in table and report.environment["cpu"] in table
 
 
+def test_faster_than_another_model_in_the_same_rounds():
+    whole, small = (model(name, 1.0) for name in ("whole", "small"))
+    # A machine that slowed down for a while slowed both down: by the medians alone it would be 1.8 times.
+    whole.latency["1x128"]["seconds"] = [0.02, 0.02, 0.09, 0.08, 0.02]
+    small.latency["1x128"].update(seconds=[0.011, 0.01, 0.03, 0.04, 0.01], median=0.011)
+    del small.latency["32x128"]
+    assert small.faster_than(whole) == {"1x128": pytest.approx(2.0)}
+    assert whole.faster_than(small) == {"1x128": pytest.approx(0.5)}
+
+
 class Page(HTMLParser):
     """Collects what a page would fetch, and its text; checks that elements are closed in order."""
 

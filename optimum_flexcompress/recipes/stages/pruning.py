@@ -117,7 +117,7 @@ class Prune(TrainingStage):
 
     def made_of(self, folder: Path) -> list[str]:
         """See the base class."""
-        return list(dict.fromkeys(name for name in (self.settings.model, self.taught_by) if name))
+        return [name for name in self.inputs() if name in (self.settings.model, self.taught_by)]
 
     def describe(self) -> str:
         """See the base class."""
