@@ -12,6 +12,7 @@ from .method_config import MethodConfig, check_number
 
 INITIALIZATIONS = ("first", "middle", "last", "mean")
 STACKS = ("encoder", "decoder")
+STRATEGIES = SIZE_FIRST, SPEED_FIRST = "size-first", "speed-first"
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,11 @@ class ModularConfig(MethodConfig):
         attention_weight: Weight of the KL divergence between the attention maps of a module and those of the last
             layer that it stands for; in decoders of cross-attention too. Both attend eagerly in training steps.
         task_loss_weight: Weight of the model's own loss on the labels.
+        ratios: Ratios of the assemblies that are wanted in the end, each above 1, where they are known. The last steps
+            then run these alone, one of them in each, which makes them better and others worse: any other assembly is
+            among the routes of the earlier steps only.
+        ratios_strategy: How they are assembled: `size-first`, or `speed-first`.
+        ratios_fraction: Share of the steps that the last ones are, in (0, 1]; without `ratios` it has no meaning.
         evaluated_ratio: What evaluations during training run: the size-first assembly of this ratio, or the one of
             the fewest layers when `None`.
     """
@@ -67,6 +73,9 @@ class ModularConfig(MethodConfig):
     blocks_weight: float = 1.0
     attention_weight: float = 0.1
     task_loss_weight: float = 1.0
+    ratios: list[float] | None = None
+    ratios_strategy: str = "size-first"
+    ratios_fraction: float = 0.7
     evaluated_ratio: float | None = None
 
     def __post_init__(self):
@@ -91,6 +100,7 @@ class ModularConfig(MethodConfig):
         if not any(getattr(self, name) for name in names):
             raise FlexCompressError(f"modular has no loss: set one of {', '.join(names)} above 0.")
         check_number("modular.temperature", self.temperature, above=0.0)
+        self._check_ratios()
         if self.evaluated_ratio is not None:
             check_number("modular.evaluated_ratio", self.evaluated_ratio, minimum=1.0)
 
@@ -101,6 +111,20 @@ class ModularConfig(MethodConfig):
         for granularity in given:
             check_number("modular.granularities", granularity, minimum=2, integer=True)
         self.granularities = sorted(set(given))
+
+    def _check_ratios(self) -> None:
+        if self.ratios is not None:
+            if isinstance(self.ratios, str) or not isinstance(self.ratios, Sequence) or not self.ratios:
+                raise FlexCompressError(f"modular.ratios is {self.ratios!r}: give a list such as [1.5, 3, 6].")
+            for ratio in self.ratios:
+                check_number("modular.ratios", ratio, above=1.0)
+            self.ratios = sorted(set(map(float, self.ratios)))
+        if self.ratios_strategy not in STRATEGIES:
+            hint = nearest(str(self.ratios_strategy), STRATEGIES)
+            raise FlexCompressError(f"modular.ratios_strategy is {self.ratios_strategy!r}.{hint}")
+        check_number("modular.ratios_fraction", self.ratios_fraction, above=0.0)
+        if self.ratios_fraction > 1:
+            raise FlexCompressError(f"modular.ratios_fraction is {self.ratios_fraction:g}: give a share of up to 1.")
 
     @classmethod
     def theseus(cls, granularity: int = 2, **settings) -> ModularConfig:

@@ -12,9 +12,9 @@ several pronunciations the nearest counts.
     python examples/benchmarks/modular_cmudict.py --data DIR --show                  # the tables as far as they are
     python examples/benchmarks/modular_cmudict.py --data DIR --rows 400 --steps 8 --teacher-steps 8 --width 32 --work /tmp/try
 
-`DIR` holds `cmudict.dict`, packed with xz or not. The parts: `ours`, `unfrozen` (a second modular
-training, of all weights), `baselines`, `latency`. Every cell leaves a file in the work folder; what was run is not run
-again, and trainings go on from their last checkpoint.
+`DIR` holds `cmudict.dict`, packed with xz or not. The parts: `ours`, `named` (a modular training
+that is told the ratios of the baselines), `unfrozen` (one of all weights), `baselines`, `latency`. Every cell leaves a
+file in the work folder; what was run is not run again, and trainings go on from their last checkpoint.
 """
 
 from __future__ import annotations

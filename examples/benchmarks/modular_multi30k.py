@@ -11,8 +11,9 @@ sacrebleu on test_2016_flickr, greedy.
         --teacher-steps 8 --batch-size 8 --work /tmp/try --output /tmp/try/results.json
 
 `DIR` holds `train.en`, `train.de`, `test_2016_flickr.en` and `.de`, packed with xz or not. The parts: `ours`,
-`unfrozen` (a second modular training, of all weights), `baselines`, `latency`. Every cell leaves a file in the work
-folder; what was run is not run again, and trainings go on from their last checkpoint.
+`named` (a modular training that is told the ratios of the baselines), `unfrozen` (one of all weights), `baselines`,
+`latency`. Every cell leaves a file in the work folder; what was run is not run again, and trainings go on from their last
+checkpoint.
 """
 
 from __future__ import annotations

@@ -36,13 +36,23 @@ from optimum_flexcompress.methods.modular import STRATEGIES, Assembly, Piece
 from optimum_flexcompress.structure import count_parameters
 
 
-PARTS = ("ours", "unfrozen", "baselines", "latency")
+PARTS = ("ours", "named", "unfrozen", "baselines", "latency")
 RATIOS = (1.1, 1.5, 2.0, 3.0, 4.0, 6.0)
 BASELINE_RATIOS = (1.5, 3.0, 6.0)
 # What size-first would be with the modules above the layers that are kept; only some ratios keep any.
 UPSIDE_DOWN, UPSIDE_DOWN_RATIOS = "modules on top", (1.1, 1.5)
-# A second modular training, of all weights instead of the modules alone, as the baselines train all theirs.
+# Another modular training, which is told the ratios of the baselines, as these are made for one each.
+NAMED = "size-first, ratios named"
+# Another one, of all weights instead of the modules alone, as the baselines train all theirs.
 UNFROZEN = "size-first, all weights"
+# Their cells and settings, and the parts that run them.
+TRAININGS = {
+    NAMED: ("modular, ratios named", {"ratios": list(BASELINE_RATIOS)}),
+    UNFROZEN: ("modular, all weights", {"freeze_originals": False}),
+}
+TRAINING_PARTS = {"named": NAMED, "unfrozen": UNFROZEN}
+# What is compared with the baselines, and the folder of these cells.
+COMPARED = {"size-first": "compared", NAMED: "compared named", UNFROZEN: "compared unfrozen"}
 BASELINES = ("truncate", "distil", "theseus")
 BUDGETS = ("each", "shared")
 # What differs on the test set by chance as easily as that is a tie.
@@ -198,12 +208,12 @@ class Plan:
 
         return self.cells.run("full", run, model=True)
 
-    def modular(self, freeze: bool = True) -> dict[str, Any]:
-        name = "modular" if freeze else "modular, all weights"
+    def modular(self, strategy: str) -> dict[str, Any]:
+        name, settings = TRAININGS.get(strategy, ("modular", {}))
         folder = self.cells.folder(name)
 
         def run() -> dict[str, Any]:
-            model, config = self._load(self.full()), ModularConfig(freeze_originals=freeze)
+            model, config = self._load(self.full()), ModularConfig(**settings)
             seconds = self._train(model, folder, self.setting.steps, self.setting.rate, [config])
             return {"seconds": seconds, "folder": str(folder)}
 
@@ -214,7 +224,7 @@ class Plan:
         name = f"assembled/{strategy}/{ratio:g}"
 
         def run() -> dict[str, Any]:
-            model = ModularModel.from_pretrained(self.modular(freeze=strategy != UNFROZEN)["folder"])
+            model = ModularModel.from_pretrained(self.modular(strategy)["folder"])
             assembly = model.choose(strategy if strategy in STRATEGIES else "size-first", ratio)
             if strategy == UPSIDE_DOWN:
                 assembly = upside_down(assembly)
@@ -310,7 +320,7 @@ def orders(ratio: float) -> tuple[str, ...]:
 
 def comparison(method: str, ratio: float, budget: str, strategy: str) -> str:
     """The name of the cell that compares a baseline with an assembly."""
-    return f"compared{' unfrozen' if strategy == UNFROZEN else ''}/{method}/{ratio:g}/{budget}"
+    return f"{COMPARED[strategy]}/{method}/{ratio:g}/{budget}"
 
 
 def possible(method: str, ratio: float) -> bool:
@@ -408,9 +418,9 @@ def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
             for strategy in orders(ratio):
                 plan.assembled(strategy, ratio)
                 write()
-    if "unfrozen" in parts:
+    for strategy in [name for part, name in TRAINING_PARTS.items() if part in parts]:
         for ratio in RATIOS:
-            plan.assembled(UNFROZEN, ratio)
+            plan.assembled(strategy, ratio)
             for method, budget in product(BASELINES, BUDGETS):
                 compare(plan, method, ratio, budget)
             write()
@@ -425,7 +435,7 @@ def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
 
 def compare(plan: Plan, method: str, ratio: float, budget: str) -> None:
     """Compares a baseline with the assemblies of its ratio, where the models of both are there."""
-    for strategy in ("size-first", UNFROZEN):
+    for strategy in COMPARED:
         names = (f"assembled/{strategy}/{ratio:g}", f"{method}/{ratio:g}/{budget}")
         if all(plan.cells.has_model(name) for name in names):
             plan.compared(method, ratio, budget, strategy)
@@ -456,8 +466,9 @@ def table(plan: Plan, command: str) -> tuple[list[str], list[list[str]], list[st
         for strategy in orders(ratio):
             cell = plan.cells.get(f"assembled/{strategy}/{ratio:g}")
             add(f"{ratio:g}", f"modular, {strategy}", plan.setting.steps, cell, "ours")
-        cell = plan.cells.get(f"assembled/{UNFROZEN}/{ratio:g}")
-        add(f"{ratio:g}", f"modular, {UNFROZEN}", plan.setting.steps, cell, "unfrozen")
+        for part, strategy in TRAINING_PARTS.items():
+            cell = plan.cells.get(f"assembled/{strategy}/{ratio:g}")
+            add(f"{ratio:g}", f"modular, {strategy}", plan.setting.steps, cell, part)
         for method in BASELINES if ratio in BASELINE_RATIOS else ():
             for budget in BUDGETS if possible(method, ratio) else ():
                 steps = plan.setting.steps if budget == "each" else plan.setting.steps // len(BASELINE_RATIOS)
@@ -469,7 +480,7 @@ def verdicts(plan: Plan) -> list[str]:
     """How the size-first assemblies stand against the best baseline of each budget."""
     found = [
         verdict(plan, ratio, budget, strategy)
-        for strategy in ("size-first", UNFROZEN)
+        for strategy in COMPARED
         for ratio in BASELINE_RATIOS
         for budget in BUDGETS
     ]
@@ -514,9 +525,9 @@ def draw(plan: Plan, folder: Path, name: str) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for (strategy, ratio), cell in assembled.items():
         lines.setdefault(f"modular, {strategy}", [(1.0, full[metric])]).append((ratio, cell[metric]))
-    for ratio in RATIOS:
-        if cell := cells.get(f"assembled/{UNFROZEN}/{ratio:g}"):
-            lines.setdefault(f"modular, {UNFROZEN}", []).append((ratio, cell[metric]))
+    for strategy, ratio in product(TRAININGS, RATIOS):
+        if cell := cells.get(f"assembled/{strategy}/{ratio:g}"):
+            lines.setdefault(f"modular, {strategy}", []).append((ratio, cell[metric]))
     for method in BASELINES:
         for ratio in BASELINE_RATIOS:
             if cell := cells.get(f"{method}/{ratio:g}/shared"):

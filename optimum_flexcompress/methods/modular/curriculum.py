@@ -38,11 +38,13 @@ def draw_route(
     granularities: Mapping[str, Sequence[int]],
     progress: float,
     generator: torch.Generator,
+    wanted: Sequence[Assembly] = (),
 ) -> tuple[Assembly, dict[str, float]]:
     """Draws what a step runs.
 
     Each stack is walked from the bottom up: where modules start, one of them is put there with the probability of the
-    replacing rate, and else the original layer.
+    replacing rate, and else the original layer. The last steps run one of the assemblies that are wanted instead, where
+    any are.
 
     Args:
         config: The config.
@@ -50,6 +52,7 @@ def draw_route(
         granularities: Granularities of the modules in each stack.
         progress: Share of the steps that are done.
         generator: Source of randomness.
+        wanted: The assemblies of the config's ratios.
 
     Returns:
         The assembly, which has at least one module, and the rate of each stack.
@@ -61,6 +64,8 @@ def draw_route(
     def pick(choices: Sequence):
         return choices[min(int(uniform() * len(choices)), len(choices) - 1)]
 
+    if wanted and progress >= 1 - config.ratios_fraction:
+        return pick(wanted), dict.fromkeys(depths, 1.0)
     draws_rate = uniform() < config.uniform_fraction
     allowed = {name: open_granularities(config, granularities[name], progress) for name in granularities}
     stacks: dict[str, tuple[Piece, ...]] = {}

@@ -48,7 +48,8 @@ class ModularMethod(CompressionMethod):
     drawn from the seed and the optimizer step: it is the same on all processes and for all batches of a step. Last,
     each module runs by itself on what the first layer of its block was given.
     Logs, as means over the routes since the last log: `modular_layers`, the layers and modules that run;
-    `modular_granularity`, how many layers a module of the route stands for; `modular_rate`, the replacing rate.
+    `modular_granularity`, how many layers a module of the route stands for; `modular_rate`, the replacing rate, which is
+    1 in steps that run an assembly of `ratios`.
     Evaluations run `evaluated_ratio`; what is saved, and what the trainer's model is, is the full model.
     """
 
@@ -77,6 +78,15 @@ class ModularMethod(CompressionMethod):
                 else f"A {family} model cannot generate with a decoder deeper than its encoder, and these modules give "
                 f"no other model: give the decoder modules that stand for more of its {depth} layers."
             )
+        for ratio in self.config.ratios or ():
+            chosen = choose(self.config.ratios_strategy, ratio, depths, granularities, deeper_decoder=deeper_decoder)
+            if chosen.ratio == 1:
+                fewer = [sum(counts) for counts in reachable_counts(depths, granularities, deeper_decoder)]
+                total = sum(depths.values())
+                least = total / max(count for count in fewer if count < total)
+                raise FlexCompressError(
+                    f"A ratio of {ratio:g} in modular.ratios is the full model itself: give at least {least:.4g}."
+                )
         if self.config.evaluated_ratio is not None:
             choose(SIZE_FIRST, self.config.evaluated_ratio, depths, granularities, deeper_decoder=deeper_decoder)
         if self.config.logits_weight:
@@ -128,6 +138,9 @@ class ModularMethod(CompressionMethod):
             else modular.choose(SIZE_FIRST, config.evaluated_ratio)
         )
         self._evaluated = modular.layers(evaluated)
+        wanted = (modular.choose(config.ratios_strategy, ratio) for ratio in config.ratios or ())
+        # Two ratios may be nearest to the same numbers of layers.
+        self._wanted = list({tuple(assembly.stacks.items()): assembly for assembly in wanted}.values())
 
     def _attention_tables(self, stack: str) -> list:
         table = self._view.stacks[stack].table
@@ -168,7 +181,9 @@ class ModularMethod(CompressionMethod):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{step.seed}/{step.global_step}/modular".encode()))
         progress = step.global_step / step.max_steps
         modular = self._modular
-        route, rates = draw_route(self.config, modular.depths, modular.granularities, progress, generator)
+        route, rates = draw_route(
+            self.config, modular.depths, modular.granularities, progress, generator, self._wanted
+        )
         sizes = [piece.granularity for pieces in route.stacks.values() for piece in pieces if piece.is_module]
         figures = {"layers": route.layers, "granularity": sum(sizes) / len(sizes), "rate": max(rates.values())}
         self._means.add({f"modular_{name}": float(value) for name, value in figures.items()})

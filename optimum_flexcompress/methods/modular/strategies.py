@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 
 from ...errors import FlexCompressError, nearest
+from ...modular_config import SIZE_FIRST, SPEED_FIRST, STRATEGIES
 from .assembly import Assembly, Piece
-
-
-SIZE_FIRST, SPEED_FIRST = "size-first", "speed-first"
-STRATEGIES = (SIZE_FIRST, SPEED_FIRST)
 
 
 def tilings(depth: int, granularities: Sequence[int]) -> dict[int, tuple[Piece, ...]]:

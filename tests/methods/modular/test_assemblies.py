@@ -216,11 +216,23 @@ def test_rates_and_curriculum():
     assert {2, 3, 4, 6} <= counts
 
 
+def test_the_last_steps_run_what_is_wanted():
+    config = ModularConfig(ratios=[1.5, 3], ratios_fraction=0.6)
+    wanted = [choose("size-first", ratio, DEPTHS, ALL) for ratio in config.ratios]
+    generator = torch.Generator().manual_seed(0)
+    routes = [draw_route(config, DEPTHS, ALL, 0.39, generator, wanted)[0] for _ in range(200)]
+    assert len({str(route) for route in routes}) > 50
+    last = [draw_route(config, DEPTHS, ALL, 0.4, generator, wanted) for _ in range(1000)]
+    assert all(rates == {"encoder": 1.0, "decoder": 1.0} for _, rates in last)
+    shares = [sum(route == assembly for route, _ in last) / 1000 for assembly in wanted]
+    assert sum(shares) == 1 and shares[0] == pytest.approx(0.5, abs=0.05)
+
+
 def test_config_round_trip(tmp_path):
-    config = ModularConfig(granularities=[6, 2, 2], stacks=["decoder"], evaluated_ratio=3.0)
+    config = ModularConfig(granularities=[6, 2, 2], stacks=["decoder"], ratios=[3, 1.5, 3], evaluated_ratio=3.0)
     FlexCompressConfig(methods=[config]).save_pretrained(tmp_path)
     (loaded,) = FlexCompressConfig.from_pretrained(tmp_path).methods
-    assert loaded == config and loaded.granularities == [2, 6]
+    assert loaded == config and loaded.granularities == [2, 6] and loaded.ratios == [1.5, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +247,12 @@ def test_config_round_trip(tmp_path):
         ({"uniform_fraction": 1.5}, "a share between 0 and 1"),
         ({"temperature": 0}, "above 0"),
         ({"evaluated_ratio": 0.5}, "at least 1"),
+        ({"ratios": []}, r"give a list such as \[1.5, 3, 6\]"),
+        ({"ratios": 3}, "give a list such as"),
+        ({"ratios": [2, 1]}, "above 1"),
+        ({"ratios_strategy": "sped-first"}, 'Did you mean "speed-first"'),
+        ({"ratios_fraction": 0}, "above 0"),
+        ({"ratios_fraction": 1.5}, "a share of up to 1"),
         (
             dict.fromkeys(
                 [f"{name}_weight" for name in ("logits", "hidden_states", "blocks", "attention", "task_loss")], 0.0

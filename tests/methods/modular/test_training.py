@@ -404,6 +404,22 @@ def test_theseus_trains_on_the_task_alone(tmp_path, routes):
     assert not trainer._runner._needs.attentions
 
 
+@pytest.mark.parametrize("strategy", ["size-first", "speed-first"])
+def test_named_ratios_are_what_the_last_steps_train(tmp_path, routes, strategy):
+    model, data = toy("bart"), data_of("bart")
+    config = ModularConfig(
+        granularities=[2, 4], ratios=[1.3, 1.35, 2, 4], ratios_strategy=strategy, ratios_fraction=0.5
+    )
+    trainer = train(tmp_path, model, data, config, max_steps=40)
+    modular = method_of(trainer)._modular
+    wanted = [modular.choose(strategy, ratio) for ratio in (1.35, 2, 4)]
+    assert modular.choose(strategy, 1.3) == wanted[0]
+    assert all(any(a == assembly for _, a in routes[20:]) for assembly in wanted)
+    assert all(a in wanted for _, a in routes[20:]) and not all(a in wanted for _, a in routes[:20])
+    last = [entry for entry in logs_of(trainer) if "modular_rate" in entry][20:]
+    assert len(last) == 20 and all(entry["modular_rate"] == 1.0 for entry in last)
+
+
 def test_logits_of_another_teacher_may_be_distilled_too(tmp_path):
     teacher = toy("bert", layers=5, seed=3)
     trainer = train(tmp_path, toy("bert"), data_of("bert"), CONFIG, DistillationConfig(), teacher_model=teacher)
@@ -418,6 +434,15 @@ def test_logits_of_another_teacher_may_be_distilled_too(tmp_path):
         ({"granularities": [3]}, r"give granularities that do \(2, 4\)\.$"),
         ({"granularities": [2], "stacks": ["decoder"]}, 'names the stack "decoder", which BertFor'),
         ({"granularities": [2], "evaluated_ratio": 3.0}, r"ratio of 3 is out of reach.* nearest is 2\."),
+        ({"granularities": [2], "ratios": [2, 3]}, r"ratio of 3 is out of reach.* nearest is 2\."),
+        (
+            {"granularities": [2], "ratios": [2], "ratios_strategy": "speed-first"},
+            "speed-first takes from the decoder",
+        ),
+        (
+            {"granularities": [2], "ratios": [1.05, 2]},
+            r"1\.05 in modular.ratios is the full model .* at least 1\.333\.",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(tmp_path, settings, message):
