@@ -344,6 +344,9 @@ class ModularMethod(CompressionMethod):
             f"- {name}: {modular.depths[name]} layers, granularities {', '.join(map(str, granularities))}"
             for name, granularities in modular.granularities.items()
         ]
+        if self._wanted:
+            ratios = ", ".join(f"{ratio:g}" for ratio in self.config.ratios)
+            lines.append(f"- trained above all for {self.config.ratios_strategy} assemblies of the ratios {ratios}")
         return [
             "## Modules",
             "",

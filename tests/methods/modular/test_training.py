@@ -418,6 +418,9 @@ def test_named_ratios_are_what_the_last_steps_train(tmp_path, routes, strategy):
     assert all(a in wanted for _, a in routes[20:]) and not all(a in wanted for _, a in routes[:20])
     last = [entry for entry in logs_of(trainer) if "modular_rate" in entry][20:]
     assert len(last) == 20 and all(entry["modular_rate"] == 1.0 for entry in last)
+    trainer.save_model(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"trained above all for {strategy} assemblies of the ratios 1.3, 1.35, 2, 4" in card
 
 
 def test_logits_of_another_teacher_may_be_distilled_too(tmp_path):
