@@ -75,7 +75,8 @@ class Setting:
         teacher_rate: Learning rate of the full model.
         rate: Learning rate of everything after it.
         bf16: Whether forward and backward passes run in bfloat16.
-        seed: Of everything random.
+        seed: Of every training after that of the full model, which has the seed 0: with another seed, a work folder may
+            start from a copy of `cells/full.json` and `models/full`.
         facts: Sizes of model and data.
     """
 
@@ -142,10 +143,12 @@ class Plan:
         rate: float,
         methods: list[MethodConfig] | None = None,
         teacher: PreTrainedModel | None = None,
+        seed: int | None = None,
     ) -> float:
         """Trains, from the last checkpoint where there is one, and saves into `folder`; seconds of this call."""
         checkpoints = folder.with_name(f"{folder.name}-checkpoints")
-        set_seed(self.setting.seed)
+        seed = self.setting.seed if seed is None else seed
+        set_seed(seed)
         trainer = FlexCompressSeq2SeqTrainer(
             model=model,
             teacher_model=teacher,
@@ -162,7 +165,7 @@ class Plan:
                 logging_steps=max(min(50, steps // 4), 1),
                 report_to="none",
                 bf16=self.setting.bf16,
-                seed=self.setting.seed,
+                seed=seed,
                 use_cpu=not torch.cuda.is_available(),
                 disable_tqdm=True,
             ),
@@ -201,9 +204,9 @@ class Plan:
         folder = self.cells.folder("full")
 
         def run() -> dict[str, Any]:
-            set_seed(self.setting.seed)
+            set_seed(0)
             model = self.task.make_model()
-            seconds = self._train(model, folder, self.setting.teacher_steps, self.setting.teacher_rate)
+            seconds = self._train(model, folder, self.setting.teacher_steps, self.setting.teacher_rate, seed=0)
             return self._finish(model, None, seconds=seconds, folder=str(folder))
 
         return self.cells.run("full", run, model=True)
@@ -341,6 +344,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str, steps: int, teache
     parser.add_argument("--batch-size", type=int, default=128, help="rows of a step (default: %(default)s)")
     parser.add_argument("--teacher-rate", type=float, default=rate, help="learning rate (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=rate, help="that of all later steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all trainings but the full model's (default: 0)")
     parser.add_argument("--rows", type=int, help="bound of the rows to train on, to try the script out")
     parser.add_argument("--test-rows", type=int, help="bound of the rows to score on")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16")
@@ -361,7 +365,7 @@ def main(name: str, options: argparse.Namespace, task: Task, facts: dict[str, An
     """
     torch.set_num_threads(options.threads)
     facts = {**facts, "rows": options.rows, "test_rows": options.test_rows}
-    names = ("teacher_steps", "steps", "batch_size", "teacher_rate", "rate", "bf16")
+    names = ("teacher_steps", "steps", "batch_size", "teacher_rate", "rate", "bf16", "seed")
     setting = Setting(**{key: getattr(options, key) for key in names}, facts=facts)
     cells = Cells(options.work, asdict(setting), options.threads, options.output)
     plan = Plan(cells, task, setting)
