@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import shutil
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cells
+from cells import Cells, mean_and_spread
 from modular_latency import TARGET, TITLE, generation_latency, latency_table
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -386,6 +387,7 @@ def main(name: str, options: argparse.Namespace, task: Task, facts: dict[str, An
     header, rows, empty = table(plan, command)
     print(f"\n{name}: {facts}\n{text_table(header, rows)}")
     print("\n".join(verdicts(plan)))
+    print("\n".join(over_seeds(options.output, task.metrics)))
     latency = cells.get("latency")
     if latency is None:
         empty.append(f"{command} --parts latency")
@@ -513,6 +515,21 @@ def verdict(plan: Plan, ratio: float, budget: str, strategy: str) -> str | None:
         f"{ratio:g}x, steps {budget}: modular, {strategy}, {word}, {name} {ours[name]:.2f} against "
         f"{cells[best][name]:.2f} of {TITLES[best]}{chance}"
     )
+
+
+def over_seeds(output: Path, metrics: dict[str, int]) -> list[str]:
+    """Mean and standard deviation of the cells that files of other seeds have too, named `<results>_seed<N>.json`."""
+    files = [output, *sorted(output.parent.glob(f"{output.stem}_seed*.json"))]
+    if len(files) < 2:
+        return []
+    runs = [json.loads(file.read_text(encoding="utf-8"))["cells"] for file in files]
+    found = [f"Over {len(files)} seeds:"]
+    for name in [key for key in runs[0] if key != "full" and all(key in cells for cells in runs)]:
+        values = {metric: [cells[name].get(metric) for cells in runs] for metric in metrics}
+        if None not in (value for of_seeds in values.values() for value in of_seeds):
+            shown = (f"{metric} {mean_and_spread(of_seeds, metrics[metric])}" for metric, of_seeds in values.items())
+            found.append(f"  {name}: {', '.join(shown)}")
+    return found
 
 
 def draw(plan: Plan, folder: Path, name: str) -> None:
