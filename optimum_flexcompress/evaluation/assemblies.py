@@ -20,7 +20,7 @@ except ImportError as error:
 
 _COLOURS = {1: "#e6e6e6", 2: "#bcd3e8", 3: "#8fb3d6", 4: "#6a97c4", 6: "#3f6f9f"}
 _OTHER = "#2f5377"
-_LINES = ("#4878a8", "#e08a2e", "#5f9e6e", "#a85f8f", "#8a7a4f", "#777777")
+_LINES = ("#4878a8", "#e08a2e", "#5f9e6e", "#a85f8f", "#8a7a4f", "#777777", "#c44e52")
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
 
 Plan = Mapping[str, Sequence[Mapping[str, int]]]

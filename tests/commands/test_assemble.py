@@ -134,3 +134,24 @@ def test_an_output_in_the_way(folder, tmp_path, capsys):
     assert run("-m", folder / "t5", "-o", tmp_path / "small", "--ratio", "2", "--overwrite") == 0
     assert not (tmp_path / "small" / "file").exists()
     assert ModularModel.from_pretrained(folder / "t5").depths == {"encoder": 6, "decoder": 6}
+
+
+def test_what_the_modules_were_not_trained_for_is_said(tmp_path, caplog):
+    modular = with_modules(deep("t5", "T5ForConditionalGeneration"), ratios=[2, 3])
+    modular.save_pretrained(tmp_path / "t5")
+    plan = {name: [{"granularity": 3, "block": block} for block in range(2)] for name in ("encoder", "decoder")}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+
+    def warnings(*options) -> list[str]:
+        caplog.clear()
+        assert run("-m", tmp_path / "t5", "-o", tmp_path / "small", "--overwrite", *options) == 0
+        return [record.getMessage() for record in caplog.records if "trained above all" in record.getMessage()]
+
+    card = tmp_path / "small" / "README.md"
+    for options in (["--ratio", "2"], ["--strategy", "plan.json"], ["--ratio", "1"]):
+        options = [tmp_path / name if name == "plan.json" else name for name in options]
+        assert warnings(*options) == [] and "trained above all" not in card.read_text()
+    for options in (["--ratio", "1.5"], ["--ratio", "2", "--strategy", "speed-first"]):
+        (warning,) = warnings(*options)
+        assert "size-first assemblies of the ratios 2, 3; this one, of the ratio" in warning
+        assert warning in card.read_text()

@@ -138,9 +138,7 @@ class ModularMethod(CompressionMethod):
             else modular.choose(SIZE_FIRST, config.evaluated_ratio)
         )
         self._evaluated = modular.layers(evaluated)
-        wanted = (modular.choose(config.ratios_strategy, ratio) for ratio in config.ratios or ())
-        # Two ratios may be nearest to the same numbers of layers.
-        self._wanted = list({tuple(assembly.stacks.items()): assembly for assembly in wanted}.values())
+        self._wanted = modular.wanted()
 
     def _attention_tables(self, stack: str) -> list:
         table = self._view.stacks[stack].table

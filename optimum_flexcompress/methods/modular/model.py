@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ from .modules import (
 from .routing import Router, put_layers
 from .strategies import choose, smallest
 
+
+logger = logging.getLogger(__name__)
 
 MODULES_NAME = "modules.safetensors"
 """File with the modules in the folder of a modular checkpoint. A parameter is named `<stack>_<granularity>_<block>.`
@@ -101,6 +104,16 @@ class ModularModel:
     def smallest(self) -> Assembly:
         """The assembly of the fewest layers."""
         return smallest(self.depths, self.granularities, deeper_decoder=self.generates_with_deeper_decoder)
+
+    def wanted(self) -> list[Assembly]:
+        """The assemblies of [`ModularConfig`]'s `ratios`, which the last steps of the training ran alone.
+
+        Raises:
+            FlexCompressError: A ratio is out of reach, or its strategy does not suit the model.
+        """
+        found = [self.choose(self.config.ratios_strategy, ratio) for ratio in self.config.ratios or ()]
+        # Two ratios may be nearest to the same numbers of layers.
+        return list({tuple(assembly.stacks.items()): assembly for assembly in found}.values())
 
     @property
     def generates_with_deeper_decoder(self) -> bool:
@@ -217,6 +230,9 @@ class ModularModel:
         """
         check_output_folder(folder, overwrite=overwrite, source=source)
         assembly = self.checked(assembly)
+        warning = self._other_ratios(assembly)
+        if warning:
+            logger.warning(warning)
         small = self.assemble(assembly)
         with atomic_folder(folder, overwrite=overwrite) as temporary:
             small.save_pretrained(temporary)
@@ -228,10 +244,22 @@ class ModularModel:
                 small,
                 methods=[self.config.method_type],
                 base_model=source if source is not None else self.model.config._name_or_path,
-                lines=_card_lines(assembly, _name_of(source)),
+                lines=_card_lines(assembly, _name_of(source), warning),
                 name=name or Path(folder).name,
             )
         return assembly
+
+    def _other_ratios(self, assembly: Assembly) -> str | None:
+        """What to say of an assembly that the last steps of the training left out."""
+        has_modules = any(piece.is_module for pieces in assembly.stacks.values() for piece in pieces)
+        if not has_modules or not self.config.ratios or assembly in self.wanted():
+            return None
+        ratios = ", ".join(f"{ratio:g}" for ratio in self.config.ratios)
+        return (
+            f"These modules were trained above all for {self.config.ratios_strategy} assemblies of the ratios {ratios}; "
+            f"this one, of the ratio {assembly.ratio:.3g}, is another and may be much worse: measure it, or train "
+            "modules with its ratio in modular.ratios."
+        )
 
     # Files
 
@@ -315,7 +343,7 @@ def _name_of(source: str | os.PathLike | None) -> str | None:
     return str(source) if is_hub_id(source) else Path(source).name
 
 
-def _card_lines(assembly: Assembly, source: str | None) -> list[str]:
+def _card_lines(assembly: Assembly, source: str | None, warning: str | None) -> list[str]:
     full = sum(piece.granularity for pieces in assembly.stacks.values() for piece in pieces)
     return [
         "## Made from",
@@ -327,6 +355,7 @@ def _card_lines(assembly: Assembly, source: str | None) -> list[str]:
         "```",
         *assembly.summary().splitlines(),
         "```",
+        *(["", warning] if warning else []),
     ]
 
 
