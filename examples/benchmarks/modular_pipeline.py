@@ -423,25 +423,25 @@ def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
         for ratio in RATIOS:
             for strategy in orders(ratio):
                 plan.assembled(strategy, ratio)
-                write()
+            compare(plan, ratio)
+            write()
     for strategy in [name for part, name in TRAINING_PARTS.items() if part in parts]:
         for ratio in RATIOS:
             plan.assembled(strategy, ratio)
-            for method, budget in product(BASELINES, BUDGETS):
-                compare(plan, method, ratio, budget)
+            compare(plan, ratio)
             write()
     if "baselines" in parts:
         for budget in reversed(BUDGETS):
             for ratio in BASELINE_RATIOS:
                 for method in BASELINES:
                     plan.baseline(method, ratio, budget)
-                    compare(plan, method, ratio, budget)
+                    compare(plan, ratio)
                     write()
 
 
-def compare(plan: Plan, method: str, ratio: float, budget: str) -> None:
-    """Compares a baseline with the assemblies of its ratio, where the models of both are there."""
-    for strategy in COMPARED:
+def compare(plan: Plan, ratio: float) -> None:
+    """Compares the baselines of a ratio with its assemblies, where the models of both are there."""
+    for method, budget, strategy in product(BASELINES, BUDGETS, COMPARED):
         names = (f"assembled/{strategy}/{ratio:g}", f"{method}/{ratio:g}/{budget}")
         if all(plan.cells.has_model(name) for name in names):
             plan.compared(method, ratio, budget, strategy)
