@@ -74,7 +74,7 @@ class ModularConfig(MethodConfig):
     attention_weight: float = 0.1
     task_loss_weight: float = 1.0
     ratios: list[float] | None = None
-    ratios_strategy: str = "size-first"
+    ratios_strategy: str = SIZE_FIRST
     ratios_fraction: float = 0.7
     evaluated_ratio: float | None = None
 

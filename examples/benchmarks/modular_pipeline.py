@@ -46,14 +46,13 @@ UPSIDE_DOWN, UPSIDE_DOWN_RATIOS = "modules on top", (1.1, 1.5)
 NAMED = "size-first, ratios named"
 # Another one, of all weights instead of the modules alone, as the baselines train all theirs.
 UNFROZEN = "size-first, all weights"
-# Their cells and settings, and the parts that run them.
+# For each the part that runs it, its cell, and its settings.
 TRAININGS = {
-    NAMED: ("modular, ratios named", {"ratios": list(BASELINE_RATIOS)}),
-    UNFROZEN: ("modular, all weights", {"freeze_originals": False}),
+    NAMED: ("named", "modular, ratios named", {"ratios": list(BASELINE_RATIOS)}),
+    UNFROZEN: ("unfrozen", "modular, all weights", {"freeze_originals": False}),
 }
-TRAINING_PARTS = {"named": NAMED, "unfrozen": UNFROZEN}
-# What is compared with the baselines, and the folder of these cells.
-COMPARED = {"size-first": "compared", NAMED: "compared named", UNFROZEN: "compared unfrozen"}
+# What is compared with the baselines.
+COMPARED = ("size-first", *TRAININGS)
 BASELINES = ("truncate", "distil", "theseus")
 BUDGETS = ("each", "shared")
 # What differs on the test set by chance as easily as that is a tie.
@@ -213,7 +212,7 @@ class Plan:
         return self.cells.run("full", run, model=True)
 
     def modular(self, strategy: str) -> dict[str, Any]:
-        name, settings = TRAININGS.get(strategy, ("modular", {}))
+        _, name, settings = TRAININGS.get(strategy, ("ours", "modular", {}))
         folder = self.cells.folder(name)
 
         def run() -> dict[str, Any]:
@@ -324,7 +323,8 @@ def orders(ratio: float) -> tuple[str, ...]:
 
 def comparison(method: str, ratio: float, budget: str, strategy: str) -> str:
     """The name of the cell that compares a baseline with an assembly."""
-    return f"{COMPARED[strategy]}/{method}/{ratio:g}/{budget}"
+    folder = f"compared {TRAININGS[strategy][0]}" if strategy in TRAININGS else "compared"
+    return f"{folder}/{method}/{ratio:g}/{budget}"
 
 
 def possible(method: str, ratio: float) -> bool:
@@ -386,8 +386,7 @@ def main(name: str, options: argparse.Namespace, task: Task, facts: dict[str, An
     command = without_parts(name, sys.argv[1:])
     header, rows, empty = table(plan, command)
     print(f"\n{name}: {facts}\n{text_table(header, rows)}")
-    print("\n".join(verdicts(plan)))
-    print("\n".join(over_seeds(options.output, task.metrics)))
+    print("\n".join([*verdicts(plan), *over_seeds(options.output, task.metrics)]))
     latency = cells.get("latency")
     if latency is None:
         empty.append(f"{command} --parts latency")
@@ -425,7 +424,7 @@ def run(plan: Plan, parts: Sequence[str], write: Callable[[], None]) -> None:
                 plan.assembled(strategy, ratio)
             compare(plan, ratio)
             write()
-    for strategy in [name for part, name in TRAINING_PARTS.items() if part in parts]:
+    for strategy in [name for name, (part, *_) in TRAININGS.items() if part in parts]:
         for ratio in RATIOS:
             plan.assembled(strategy, ratio)
             compare(plan, ratio)
@@ -472,7 +471,7 @@ def table(plan: Plan, command: str) -> tuple[list[str], list[list[str]], list[st
         for strategy in orders(ratio):
             cell = plan.cells.get(f"assembled/{strategy}/{ratio:g}")
             add(f"{ratio:g}", f"modular, {strategy}", plan.setting.steps, cell, "ours")
-        for part, strategy in TRAINING_PARTS.items():
+        for strategy, (part, *_) in TRAININGS.items():
             cell = plan.cells.get(f"assembled/{strategy}/{ratio:g}")
             add(f"{ratio:g}", f"modular, {strategy}", plan.setting.steps, cell, part)
         for method in BASELINES if ratio in BASELINE_RATIOS else ():
@@ -524,10 +523,11 @@ def over_seeds(output: Path, metrics: dict[str, int]) -> list[str]:
         return []
     runs = [json.loads(file.read_text(encoding="utf-8"))["cells"] for file in files]
     found = [f"Over {len(files)} seeds:"]
-    for name in [key for key in runs[0] if key != "full" and all(key in cells for cells in runs)]:
-        values = {metric: [cells[name].get(metric) for cells in runs] for metric in metrics}
-        if None not in (value for of_seeds in values.values() for value in of_seeds):
-            shown = (f"{metric} {mean_and_spread(of_seeds, metrics[metric])}" for metric, of_seeds in values.items())
+    for name in runs[0]:
+        same = [run[name] for run in runs if name in run and metrics.keys() <= run[name].keys()]
+        # The full model is the same one.
+        if len(same) == len(runs) and name != "full":
+            shown = [f"{m} {mean_and_spread([cell[m] for cell in same], digits)}" for m, digits in metrics.items()]
             found.append(f"  {name}: {', '.join(shown)}")
     return found
 

@@ -148,8 +148,7 @@ def test_what_the_modules_were_not_trained_for_is_said(tmp_path, caplog):
         return [record.getMessage() for record in caplog.records if "trained above all" in record.getMessage()]
 
     card = tmp_path / "small" / "README.md"
-    for options in (["--ratio", "2"], ["--strategy", "plan.json"], ["--ratio", "1"]):
-        options = [tmp_path / name if name == "plan.json" else name for name in options]
+    for options in (["--ratio", "2"], ["--strategy", tmp_path / "plan.json"], ["--ratio", "1"]):
         assert warnings(*options) == [] and "trained above all" not in card.read_text()
     for options in (["--ratio", "1.5"], ["--ratio", "2", "--strategy", "speed-first"]):
         (warning,) = warnings(*options)

@@ -68,8 +68,9 @@ class ModularMethod(CompressionMethod):
         granularities = usable_granularities(view, self.config)
         depths = {name: len(stack.layers) for name, stack in view.stacks.items()}
         deeper_decoder = generates_with_deeper_decoder(view)
+        reachable = reachable_counts(depths, granularities, deeper_decoder)
         # The full model alone: a training in full, and nothing to assemble at its end.
-        if len(reachable_counts(depths, granularities, deeper_decoder)) == 1:
+        if len(reachable) == 1:
             depth, family = depths["decoder"], view.family
             raise FlexCompressError(
                 f"A {family} model cannot generate with a decoder deeper than its encoder, so modules for the encoder "
@@ -81,9 +82,8 @@ class ModularMethod(CompressionMethod):
         for ratio in self.config.ratios or ():
             chosen = choose(self.config.ratios_strategy, ratio, depths, granularities, deeper_decoder=deeper_decoder)
             if chosen.ratio == 1:
-                fewer = [sum(counts) for counts in reachable_counts(depths, granularities, deeper_decoder)]
                 total = sum(depths.values())
-                least = total / max(count for count in fewer if count < total)
+                least = total / max(layers for layers in map(sum, reachable) if layers < total)
                 raise FlexCompressError(
                     f"A ratio of {ratio:g} in modular.ratios is the full model itself: give at least {least:.4g}."
                 )
@@ -342,9 +342,8 @@ class ModularMethod(CompressionMethod):
             f"- {name}: {modular.depths[name]} layers, granularities {', '.join(map(str, granularities))}"
             for name, granularities in modular.granularities.items()
         ]
-        if self._wanted:
-            ratios = ", ".join(f"{ratio:g}" for ratio in self.config.ratios)
-            lines.append(f"- trained above all for {self.config.ratios_strategy} assemblies of the ratios {ratios}")
+        if modular.trained_for:
+            lines.append(f"- {modular.trained_for}")
         return [
             "## Modules",
             "",

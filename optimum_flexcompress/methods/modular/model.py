@@ -116,6 +116,14 @@ class ModularModel:
         return list({tuple(assembly.stacks.items()): assembly for assembly in found}.values())
 
     @property
+    def trained_for(self) -> str | None:
+        """What [`ModularConfig`]'s `ratios` made of the modules, in words; `None` where any assembly was trained alike."""
+        if not self.config.ratios:
+            return None
+        ratios = ", ".join(f"{ratio:g}" for ratio in self.config.ratios)
+        return f"trained above all for {self.config.ratios_strategy} assemblies of the ratios {ratios}"
+
+    @property
     def generates_with_deeper_decoder(self) -> bool:
         """Whether Transformers could generate with a decoder that is deeper than the encoder."""
         return generates_with_deeper_decoder(self.view)
@@ -251,14 +259,11 @@ class ModularModel:
 
     def _other_ratios(self, assembly: Assembly) -> str | None:
         """What to say of an assembly that the last steps of the training left out."""
-        has_modules = any(piece.is_module for pieces in assembly.stacks.values() for piece in pieces)
-        if not has_modules or not self.config.ratios or assembly in self.wanted():
+        if not self.trained_for or assembly.ratio == 1 or assembly in self.wanted():
             return None
-        ratios = ", ".join(f"{ratio:g}" for ratio in self.config.ratios)
         return (
-            f"These modules were trained above all for {self.config.ratios_strategy} assemblies of the ratios {ratios}; "
-            f"this one, of the ratio {assembly.ratio:.3g}, is another and may be much worse: measure it, or train "
-            "modules with its ratio in modular.ratios."
+            f"These modules were {self.trained_for}; this one, of the ratio {assembly.ratio:.3g}, is another and may be "
+            "much worse: measure it, or train modules with its ratio in modular.ratios."
         )
 
     # Files
